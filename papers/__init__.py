@@ -1,0 +1,1 @@
+"""The science: one folder a paper, each with its mechanism, claims, arms and measures."""
