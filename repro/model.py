@@ -1,0 +1,308 @@
+"""The decoder-only transformer that all papers train.
+
+- pre-norm blocks: RMSNorm, causal attention with rotary positions, RMSNorm, a SwiGLU feed-forward: MoE or dense
+- the first `dense_layers` blocks are dense; with `num_experts=0` all are
+- untied or tied embeddings, no biases, no dropout
+- `init_weights` draws each parameter, and each expert, from a stream of its own
+- `accounting` counts parameters and FLOPs from the config alone
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from records.errors import UsageError
+from repro.moe import MoE, RouterOutput, RoutingRule, SwiGLU
+from repro.moe.experts import check_backend
+from repro.moe.layer import Score, check_sizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of a model. Raises `UsageError` (`RoutingError` for the MoE's sizes) if no such model can be.
+
+    d_expert is the width of one expert, or of the whole feed-forward where `num_experts` is 0; d_shared that of the
+    shared expert (0: none); d_dense that of the first `dense_layers` blocks. `context` is the longest sequence.
+    """
+
+    vocab_size: int = 256
+    d_model: int
+    num_layers: int
+    num_heads: int
+    context: int
+    d_expert: int
+    num_experts: int
+    top_k: int = 0
+    score: Score = "softmax"
+    renormalize: bool = True
+    selection_bias: bool = False
+    d_shared: int = 0
+    dense_layers: int = 0
+    d_dense: int = 0
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "context", "d_expert"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model config: expected {name} of at least 1, found {getattr(self, name)}")
+        if self.d_model % (2 * self.num_heads):
+            raise UsageError(
+                f"model config: expected d_model to be a multiple of 2·num_heads = {2 * self.num_heads} "
+                f"(rotary positions turn pairs), found {self.d_model}"
+            )
+        if not 0 <= self.dense_layers <= self.num_layers:
+            raise UsageError(f"model config: expected dense_layers in 0..{self.num_layers}, found {self.dense_layers}")
+        if self.dense_layers and self.d_dense < 1:
+            raise UsageError(f"model config: expected d_dense of at least 1 with dense_layers, found {self.d_dense}")
+        if self.rope_theta <= 0:
+            raise UsageError(f"model config: expected rope_theta above 0, found {self.rope_theta}")
+        check_backend(self.backend)
+        if self.num_experts:
+            check_sizes(
+                d_model=self.d_model,
+                d_expert=self.d_expert,
+                num_experts=self.num_experts,
+                top_k=self.top_k,
+                d_shared=self.d_shared,
+            )
+        elif self.top_k or self.d_shared:
+            raise UsageError(
+                f"model config: expected top_k=0 and d_shared=0 in a dense model (num_experts=0), found "
+                f"top_k={self.top_k}, d_shared={self.d_shared}"
+            )
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of blocks whose feed-forward is an MoE."""
+        return self.num_layers - self.dense_layers if self.num_experts else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """Logits (B, S, V), and the router of each MoE layer in order."""
+
+    logits_BSV: Tensor
+    routers: tuple[RouterOutput, ...]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · gain over the last axis."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.gain_D = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nnf.rms_norm(x, self.gain_D.shape, self.gain_D, 1e-5)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with rotary positions; (B, S, D) to the same shape."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.w_qkv_DD = nn.Parameter(torch.empty(d_model, 3 * d_model))
+        self.w_out_DD = nn.Parameter(torch.empty(d_model, d_model))
+
+    def forward(self, x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
+        B, S, D = x_BSD.shape
+        qkv_BS3HC = (x_BSD @ self.w_qkv_DD).view(B, S, 3, self.num_heads, D // self.num_heads)
+        qk_BS2HC, v_BSHC = qkv_BS3HC[:, :, :2], qkv_BS3HC[:, :, 2]
+        q_BSHC, k_BSHC = rotate(qk_BS2HC, turn_SC).unbind(2)
+        y_BHSC = nnf.scaled_dot_product_attention(
+            q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2), is_causal=True
+        )
+        return y_BHSC.transpose(1, 2).reshape(B, S, D) @ self.w_out_DD
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = Attention(config.d_model, config.num_heads)
+        self.ffn_norm = RMSNorm(config.d_model)
+        self.ffn: MoE | SwiGLU
+        if layer < config.dense_layers:
+            self.ffn = SwiGLU(config.d_model, config.d_dense)
+        elif config.num_experts == 0:
+            self.ffn = SwiGLU(config.d_model, config.d_expert)
+        else:
+            self.ffn = MoE(
+                d_model=config.d_model,
+                d_expert=config.d_expert,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                score=config.score,
+                renormalize=config.renormalize,
+                selection_bias=config.selection_bias,
+                d_shared=config.d_shared,
+                backend=config.backend,
+            )
+            self.ffn.name = f"blocks.{layer}.ffn"
+
+    def forward(self, x_BSD: Tensor, turn_SC: Tensor, rule: RoutingRule | None) -> tuple[Tensor, RouterOutput | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn_SC)
+        if isinstance(self.ffn, SwiGLU):
+            return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+        y_BSD, router = self.ffn.forward_with_router(self.ffn_norm(x_BSD), rule)
+        return x_BSD + y_BSD, router
+
+
+class Transformer(nn.Module):
+    """The model of a config, its weights as `init_weights(0)` draws them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(config.d_model)
+        self.unembedding_VD = (
+            self.embedding_VD if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        )
+        turn_SC = rotations(config.context, config.d_model // config.num_heads, config.rope_theta)
+        self.turn_SC: Tensor
+        self.register_buffer("turn_SC", turn_SC, persistent=False)
+        self.init_weights(0)
+
+    def forward(self, tokens_BS: Tensor, rule: RoutingRule | None = None) -> ModelOutput:
+        """Next-token logits of int64 tokens; `rule`, if given, routes every MoE layer in place of the config's
+        top-k."""
+        config, length = self.config, tokens_BS.shape[1]
+        if length > config.context:
+            raise UsageError(f"model: expected at most {config.context} tokens a sequence (context), found {length}")
+        routers = []
+        x_BSD = nnf.embedding(tokens_BS, self.embedding_VD)
+        for block in self.blocks:
+            x_BSD, router = block(x_BSD, self.turn_SC[:length], rule)
+            if router is not None:
+                routers.append(router)
+        return ModelOutput(self.final_norm(x_BSD) @ self.unembedding_VD.t(), tuple(routers))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight from N(0, std²), each parameter from a stream of its own, derived from (seed, name).
+
+        Expert tensors and router rows are drawn expert by expert from (seed, name, expert): models that differ in the
+        number of experts share all other weights and their first experts bit for bit, which pairs their runs by seed.
+        Values are drawn in float32 on the CPU and then moved, so they do not depend on the device. For the stds see
+        `init_std`.
+        """
+        for name, parameter in self.named_parameters():
+            std = init_std(name, self.config)
+            if std is None:
+                parameter.fill_(1)
+            elif name.endswith(("_EDF", "_EFD", ".router_ED")):
+                for expert, weight in enumerate(parameter):
+                    weight.copy_(_draw(weight.shape, std, f"{seed}/{name}/{expert}"))
+            else:
+                parameter.copy_(_draw(parameter.shape, std, f"{seed}/{name}"))
+        for name, buffer in self.named_buffers():
+            if name.endswith("bias_E"):
+                buffer.zero_()
+
+
+def init_std(name: str, config: ModelConfig) -> float | None:
+    """Std of a parameter's initial normal distribution; None for a norm's gain, which starts at 1.
+
+    Matrices have std fan_in^-1/2, which keeps the RMS of activations at 1 at any width; those that write to the
+    residual stream are divided by sqrt(2·num_layers), so that the stream's variance does not grow with depth (GPT-2's
+    rule). The fan-in of an expert's down projection is its own width: k experts with weights summing to 1 add no more
+    than one would. The router's logits start at RMS 1 likewise. The embedding and the readout: see the comments.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    residual = (2 * config.num_layers) ** -0.5
+    if leaf == "gain_D":
+        return None
+    if leaf in ("embedding_VD", "unembedding_VD"):
+        # 1/sqrt(D) for both, so that tying them changes no scale: logits start with RMS near 1.
+        return float(config.d_model**-0.5)
+    if leaf in ("w_qkv_DD", "w_up_DF", "w_up_EDF", "router_ED"):
+        return float(config.d_model**-0.5)
+    if leaf == "w_out_DD":
+        return float(config.d_model**-0.5 * residual)
+    if leaf == "w_down_EFD":
+        return float(config.d_expert**-0.5 * residual)
+    if leaf == "w_down_FD":
+        width = config.d_shared if ".shared." in name else _dense_width(config, int(name.split(".")[1]))
+        return float(width**-0.5 * residual)
+    raise AssertionError(f"no initial std for {name}")
+
+
+def _dense_width(config: ModelConfig, layer: int) -> int:
+    return config.d_dense if layer < config.dense_layers else config.d_expert
+
+
+def _draw(shape: torch.Size, std: float, stream: str) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big", signed=True)
+    return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(seed))
+
+
+def rotations(length: int, width: int, theta: float) -> Tensor:
+    """cos and sin of position · theta^(-2i/width), as (S, 2, width/2) (rotary positions, arXiv 2104.09864, eq. 15)."""
+    rate_C = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle_SC = torch.arange(length, dtype=torch.float64)[:, None] * rate_C
+    return torch.stack((angle_SC.cos(), angle_SC.sin()), dim=1).float()
+
+
+def rotate(x_BSXHC: Tensor, turn_SC: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + C/2) by the position's angle; axis 1 of x is the position, the last the channels."""
+    cos, sin = turn_SC[None, :, :, None, None].to(x_BSXHC.dtype).unbind(2)
+    left, right = x_BSXHC.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Parameters and FLOPs of a config; the non-vocabulary counts leave out embedding and readout.
+
+    flops_forward   2·(active non-vocabulary parameters + V·D) + attention, per token
+    flops_training  3 · flops_forward: the backward pass does each GEMM twice
+    """
+
+    total: int
+    active: int
+    total_non_vocab: int
+    active_non_vocab: int
+    flops_forward: int
+    flops_training: int
+
+
+def accounting(config: ModelConfig) -> Accounting:
+    """Count parameters and FLOPs/token from the config alone.
+
+    A GEMM costs 2 FLOPs a weight a token forward and twice that backward (arXiv 2001.08361, section 2.1), hence
+    6·N_active for training. Attention's QKᵀ and AV cost 4·D·S a token and layer forward, 12·D·S·L for training, as if
+    each position saw all S = `context` positions: the convention of arXiv 2204.02311, appendix B, and of arXiv
+    2506.12119 (M = 6·N_a + 12·D·S·L), to whose form the readout's GEMM (6·V·D) is added here. Norms, rotary positions
+    and activations are left out.
+    """
+    D, L = config.d_model, config.num_layers
+    norms = (2 * L + 1) * D
+    attention = 4 * D * D * L
+    dense = 3 * D * sum(_dense_width(config, layer) for layer in range(L) if layer < L - config.moe_layers)
+    moe_layers = config.moe_layers
+    router = config.num_experts * D * moe_layers
+    shared = 3 * D * config.d_shared * moe_layers
+    expert = 3 * D * config.d_expert * moe_layers
+    always = attention + dense + router + shared
+    vocab = config.vocab_size * D * (1 if config.tie_embeddings else 2)
+    matrices_active = always + config.top_k * expert
+    total_non_vocab = always + config.num_experts * expert + norms
+    forward = 2 * (matrices_active + config.vocab_size * D) + 4 * D * config.context * L
+    return Accounting(
+        total=total_non_vocab + vocab,
+        active=matrices_active + norms + vocab,
+        total_non_vocab=total_non_vocab,
+        active_non_vocab=matrices_active + norms,
+        flops_forward=forward,
+        flops_training=3 * forward,
+    )

@@ -1,0 +1,66 @@
+"""SwiGLU experts on a routing, and the choice of the backend that computes them.
+
+y_t = Σ over the assignments (t, e, s) of s · (silu(x_t·G_e) ⊙ (x_t·U_e))·D_e, with `w_up_EDF` (E, D, 2F) = [G_e |
+U_e] in one tensor, so that one GEMM computes both halves, and `w_down_EFD` (E, F, D) = D_e. Both are stored
+input-major: the forward GEMMs then read them as they lie. (On the CPU the three orders of a GEMM cost the same to 5%;
+input-major is also what `grouped_mm` takes with no transposition.)
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from repro.moe import cpu, reference
+from repro.moe.errors import RoutingError
+from repro.moe.routing import Routing
+
+Backend = Literal["auto", "reference", "cpu"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def apply_experts(
+    x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor, backend: str = "auto"
+) -> Tensor:
+    """Weighted sum (T, D) of each token's experts; a token with no expert gets zero.
+
+    Differentiable in x, the routing's weights, `w_up_EDF` (E, D, 2F) and `w_down_EFD` (E, F, D); a gradient that
+    nobody needs is not computed. `auto` takes the fastest backend for the device and dtype. All backends agree to
+    rounding.
+
+    Raises `RoutingError` if the shapes disagree or the backend is unknown.
+    """
+    T, D = x_TD.shape
+    E, F = w_down_EFD.shape[:2]
+    if w_up_EDF.shape != (E, D, 2 * F) or w_down_EFD.shape != (E, F, D):
+        raise RoutingError(
+            f"expected experts of shape (E, {D}, 2F) and (E, F, {D}), found {tuple(w_up_EDF.shape)} and "
+            f"{tuple(w_down_EFD.shape)}"
+        )
+    if routing.num_experts != E or routing.num_tokens != T:
+        raise RoutingError(
+            f"expected a routing of {T} tokens to {E} experts, found one of {routing.num_tokens} to "
+            f"{routing.num_experts}"
+        )
+    if routing.token_N.numel() == 0:
+        # Nothing to compute; every input stays in the graph, so that its gradient is zero rather than missing.
+        return 0 * (x_TD + routing.weight_N.sum() + w_up_EDF.sum() + w_down_EFD.sum())
+    if backend == "auto":
+        backend = "cpu" if x_TD.device.type == "cpu" else "reference"
+    if backend == "reference":
+        return reference.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    if backend == "cpu":
+        return cpu.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    raise RoutingError(f"expected a backend of {', '.join(BACKENDS)}, found {backend!r}")
+
+
+def check_backend(backend: str) -> None:
+    """Raise `RoutingError` unless `backend` is one that `apply_experts` knows."""
+    if backend not in BACKENDS:
+        raise RoutingError(f"expected a backend of {', '.join(BACKENDS)}, found {backend!r}")
+
+
+def swiglu(h_TF: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of the two halves of the last axis, gate first."""
+    gate, up = h_TF.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
