@@ -1,0 +1,202 @@
+"""Replication records: what binds a run's files, its verdicts and its paper together under one signature.
+
+The bundle's files are bound by manifest.json, the manifest by the predicate's `manifest_sha256`, the predicate by the signed
+statement in statement.dsse.json, and the statement's subject is the paper. docs/replication-record.md gives every byte.
+
+- `build_replication` adds manifest, statement and (where signed) the public key to a run's files.
+- `verify_replication` makes the checks that need no knowledge of papers or traces; its caller appends `trace` and `verdicts`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from records import canonical
+from records.document import verify_record
+from records.errors import MalformedError, ReproError
+from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets
+from records.number import FULL_NUMBER
+from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name
+from records.report import Check, Trust, Verification
+from records.statement import Envelope, make_statement, open_envelope, sign_envelope, verify_envelope
+
+PREDICATE_TYPE: Final = "urn:pith-repro:replication-record:v1"
+PREDICATE_SCHEMA: Final = "repro.replication/v1"
+PLAN: Final = "plan.json"
+OUTCOME: Final = "outcome.json"
+PAPER: Final = "paper.json"
+PITH_RECORD: Final = "pith-record.json"
+PUBLIC_KEY: Final = "signing-key.json"
+VERDICTS: Final = ("replicated", "not_replicated", "inconclusive", "not_tested")
+
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_ARXIV_NAME: Final = re.compile(r"arxiv:(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})")
+_TEXTS: Final = ("plan_sha256", "outcome_sha256", "manifest_sha256", "scale", "finished_at")
+
+
+def build_replication(
+    files: Mapping[str, bytes],
+    *,
+    subject_name: str,
+    subject_sha256: str,
+    predicate: Mapping[str, Any],
+    key: PrivateKey | None,
+) -> dict[str, bytes]:
+    """`files` with manifest.json, statement.dsse.json and, where there is a key, its public half as signing-key.json.
+
+    `predicate` gets `manifest_sha256`; its other fields are checked against the form that docs/replication-record.md gives.
+    Raises MalformedError for another form, InvalidError where a file holds a secret or a home folder's path.
+    """
+    for name in (MANIFEST, STATEMENT, PUBLIC_KEY):
+        if name in files:
+            raise MalformedError(f"bundle: {name} is written by the bundler, found one among the files")
+    bundle = {check_name(name): bytes(data) for name, data in files.items()}
+    if key is not None:
+        bundle[PUBLIC_KEY] = canonical.dumps(key.public.to_json())
+    refuse_secrets(bundle)
+    bundle[MANIFEST] = build_manifest(bundle)
+    predicate = {**predicate, "manifest_sha256": canonical.sha256_hex(bundle[MANIFEST])}
+    statement = make_statement(subject_name, subject_sha256, PREDICATE_TYPE, predicate)
+    faults = _statement_faults(statement)
+    if faults:
+        raise MalformedError(f"replication record: {'; '.join(faults)}")
+    bundle[STATEMENT] = sign_envelope(statement, key)
+    refuse_secrets({STATEMENT: canonical.dumps(statement)})
+    return bundle
+
+
+def _statement_faults(statement: dict[str, Any]) -> list[str]:
+    """What in a statement differs from the form of a replication record; the form is small enough to check by hand."""
+    faults: list[str] = []
+    name, sha = statement["subject"][0]["name"], statement["subject"][0]["digest"]["sha256"]
+    if not FULL_NUMBER.fullmatch(name) and not _ARXIV_NAME.fullmatch(name):
+        faults.append(f"expected a full Pith number or arxiv:ID as the subject's name, found {name[:60]!a}")
+    if not isinstance(sha, str) or not _HEX.fullmatch(sha):
+        faults.append("expected 64 lower-case hex digits as the subject's digest")
+    if statement["predicateType"] != PREDICATE_TYPE:
+        faults.append(f"expected predicateType {PREDICATE_TYPE}, found {statement['predicateType'][:60]!a}")
+        return faults
+    predicate = statement["predicate"]
+    if predicate.get("schema") != PREDICATE_SCHEMA:
+        faults.append(f"expected schema {PREDICATE_SCHEMA}, found {str(predicate.get('schema'))[:60]!a}")
+    faults += [f"expected a text under {field}" for field in _TEXTS if not isinstance(predicate.get(field), str)]
+    for field in ("plan_sha256", "outcome_sha256", "manifest_sha256"):
+        if isinstance(predicate.get(field), str) and not _HEX.fullmatch(predicate[field]):
+            faults.append(f"expected 64 lower-case hex digits under {field}")
+    faults += [f"expected an object under {field}" for field in ("paper", "environment", "code")
+               if not isinstance(predicate.get(field), dict)]  # fmt: skip
+    code = predicate.get("code")
+    if isinstance(code, dict) and not isinstance(code.get("dirty"), bool):
+        faults.append("expected true or false under code.dirty: a dirty tree is stated, never left out")
+    verdicts = predicate.get("verdicts")
+    if not isinstance(verdicts, list) or not verdicts:
+        faults.append("expected at least one verdict")
+    else:
+        for entry in verdicts:
+            if not isinstance(entry, dict) or not isinstance(entry.get("claim"), str) or entry.get("verdict") not in VERDICTS:
+                faults.append(f"expected each verdict as a claim with one of {', '.join(VERDICTS)}")
+                break
+        else:
+            if len({entry["claim"] for entry in verdicts}) != len(verdicts):
+                faults.append("expected one verdict a claim, found two")
+    return faults
+
+
+def read_statement(files: Mapping[str, bytes]) -> Envelope:
+    """The opened envelope of a bundle; MalformedError where it is missing or has another form."""
+    if STATEMENT not in files:
+        raise MalformedError(f"bundle: expected {STATEMENT}, found none; this is not a replication bundle")
+    return open_envelope(files[STATEMENT])
+
+
+def verify_replication(files: Mapping[str, bytes], *, trusted: KeySet, target: str = "-") -> Verification:
+    """The checks `strict_json`, `schema`, `envelope_signature`, `key_trust`, `manifest`, `plan` and those of the Pith record.
+
+    Never raises for what is in the bundle. The state stays `indeterminate` until the caller appends a passed `verdicts`
+    check, for a bundle whose verdicts were not judged again has shown nothing.
+    """
+    found = Verification(target=target, kind="replication_bundle")
+    try:
+        envelope = read_statement(files)
+    except MalformedError as error:
+        code = "strict_json" if str(error).startswith("strict JSON") else "schema"
+        return found.with_checks(Check(code=code, status="fail", detail=str(error)))
+    found = found.with_checks(Check(code="strict_json", status="pass", detail=f"{STATEMENT} is strict JSON"))
+    faults = _statement_faults(envelope.statement)
+    if faults:
+        return found.with_checks(*(Check(code="schema", status="fail", detail=fault) for fault in faults))
+    found = found.with_checks(Check(code="schema", status="pass", detail=f"a replication record, {PREDICATE_SCHEMA}"))
+
+    predicate = envelope.statement["predicate"]
+    document_keys = []
+    if PUBLIC_KEY in files:
+        try:
+            document_keys = [parse_public_key(canonical.loads(files[PUBLIC_KEY]), source="document")]
+        except ReproError as error:
+            found = found.with_checks(Check(code="schema", status="fail", detail=f"{PUBLIC_KEY}: {error}"))
+    checks, trust = _signature(envelope, trusted, document_keys, predicate["finished_at"])
+    checks += _manifest(files, predicate["manifest_sha256"])
+    checks += [_bound(files, PLAN, "plan", predicate["plan_sha256"], "plan_sha256")]
+    checks += [_bound(files, OUTCOME, "plan", predicate["outcome_sha256"], "outcome_sha256")]
+    number, subject = _subject(files, envelope.statement["subject"][0], trusted)
+    return Verification(
+        target=target,
+        kind=found.kind,
+        pith_number=number,
+        checks=(*found.checks, *checks, *subject),
+        trust=trust,
+    )
+
+
+def _signature(envelope: Envelope, trusted: KeySet, own: list[Any], at: str) -> tuple[list[Check], Trust]:
+    try:
+        return verify_envelope(envelope, trusted=trusted, document_keys=own, at=at)
+    except MalformedError as error:  # the time is the one text that a key with a period still has to read
+        return [Check(code="schema", status="fail", detail=f"finished_at: {error}")], Trust()
+
+
+def _manifest(files: Mapping[str, bytes], expected: str) -> list[Check]:
+    checks = check_manifest(files)
+    if MANIFEST in files and canonical.sha256_hex(files[MANIFEST]) != expected:
+        detail = f"{MANIFEST} is not the one that the statement names: its SHA-256 differs from manifest_sha256"
+        checks = [check for check in checks if check.status == "fail"]
+        checks.append(Check(code="manifest", status="fail", detail=detail))
+    return checks
+
+
+def _bound(files: Mapping[str, bytes], name: str, code: str, expected: str, field: str) -> Check:
+    if name not in files:
+        return Check(code=code, status="fail", detail=f"expected {name} in the bundle, found none")
+    found = canonical.sha256_hex(files[name])
+    if found != expected:
+        return Check(code=code, status="fail", detail=f"{name} has SHA-256 {found}, the statement's {field} is {expected}")
+    return Check(code=code, status="pass", detail=f"{name} has the SHA-256 that the statement names")
+
+
+def _subject(files: Mapping[str, bytes], subject: dict[str, Any], trusted: KeySet) -> tuple[str | None, list[Check]]:
+    """The paper: a Pith record whose number and hash are the subject's, or a paper.json whose hash is."""
+    name, sha = subject["name"], subject["digest"]["sha256"]
+    if not name.startswith("pith:"):
+        if PITH_RECORD in files:
+            detail = f"the bundle holds a Pith record, and its subject is {name}; expected the Pith number"
+            return None, [Check(code="pith_number", status="fail", detail=detail)]
+        checks = [_bound(files, PAPER, "canonical_hash", sha, "subject digest")]
+        checks.append(Check(code="pith_number", status="skip", detail=f"the Pith number of {name} is not known"))
+        return None, checks
+    if PITH_RECORD not in files:
+        detail = f"expected {PITH_RECORD} for the subject {name}, found none"
+        return name, [Check(code="pith_number", status="fail", detail=detail)]
+    record = verify_record(files[PITH_RECORD], target=PITH_RECORD, trusted=trusted)
+    # The record's own receipt is reported, but its key gives the replication no trust: that comes from the envelope.
+    checks = [check for check in record.checks if check.code != "key_trust"]
+    if record.pith_number != name:
+        detail = f"the subject is {name}, the bundled record is {record.pith_number}"
+        checks.append(Check(code="pith_number", status="fail", detail=detail))
+    if not any(check.code == "canonical_hash" and check.status == "pass" for check in checks):
+        checks.append(Check(code="canonical_hash", status="fail", detail=f"{PITH_RECORD} shows no record to hash"))
+    else:
+        found = canonical.digest(canonical.loads(files[PITH_RECORD])["canonical_record"])
+        if found != sha:
+            detail = f"{PITH_RECORD} hashes to {found}, the subject's digest is {sha}"
+            checks.append(Check(code="canonical_hash", status="fail", detail=detail))
+    return name, checks
