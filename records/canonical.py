@@ -1,9 +1,9 @@
 """Strict JSON in, canonical JSON out: every hash and signature of the project goes through these few functions.
 
-- `loads` takes what the rules in docs/pith-protocol.md allow and nothing else: UTF-8 without a byte order mark, no duplicate
-  keys, no floats, no -0, no surrogates, integers within 2**53 - 1, at most 64 levels deep.
-- `dumps` writes the registry's canonical form, `json.dumps(sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in
-  UTF-8. It is not RFC 8785: keys sort by code point, and numbers are integers only.
+- `loads` takes what the rules in docs/pith-protocol.md allow and nothing else: UTF-8 without a byte order mark, no
+  duplicate keys, no floats, no -0, no surrogates, integers within 2**53 - 1, at most 64 levels deep.
+- `dumps` writes the registry's canonical form, `json.dumps(sort_keys=True, separators=(",", ":"),
+  ensure_ascii=False)` in UTF-8. It is not RFC 8785: keys sort by code point, and numbers are integers only.
 - `digest` is the SHA-256 of that form.
 
 Time and memory are linear in the input, and the answers are the same on Python 3.11 to 3.13: nesting is measured before
@@ -23,13 +23,16 @@ MAX_DEPTH: Final = 64
 MAX_INT: Final = 2**53 - 1
 
 # A whole string (or the rest of the text, where its end is missing), so that brackets inside strings count for nothing.
-# Possessive quantifiers keep it linear: an unterminated string of escaped quotes would otherwise be scanned once a quote.
+# Possessive quantifiers keep it linear: an unterminated string of escaped quotes would otherwise be scanned once a
+# quote.
 _STRING_OR_BRACKET: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[][{}]', re.DOTALL)
 _STEP: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise MalformedError(f"strict JSON: floats are not allowed, found {text[:32]!r}; write the number as a decimal string")
+    raise MalformedError(
+        f"strict JSON: floats are not allowed, found {text[:32]!r}; write the number as a decimal string"
+    )
 
 
 def _integer(text: str) -> int:

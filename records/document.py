@@ -1,10 +1,11 @@
 """What Pith publishes, told apart by content and checked in every way that a rule is known for.
 
 - `form_of` names the form of a parsed document: record, bundle, state, graph, mirrors or key.
-- `verify_document` makes every check that its form allows; a check whose field the document lacks is `skip`, with the reason,
-  and so is everything no public rule is known for (docs/pith-protocol.md): event signatures, snapshots that are not empty.
-- The registry's receipts do not cover times, builder, aliases or the year. What follows from the hashed record is compared
-  with it; the rest is named as unauthenticated.
+- `verify_document` makes every check that its form allows; a check whose field the document lacks is `skip`, with the
+  reason, and so is everything no public rule is known for (docs/pith-protocol.md): event signatures, snapshots that
+  are not empty.
+- The registry's receipts do not cover times, builder, aliases or the year. What follows from the hashed record is
+  compared with it; the rest is named as unauthenticated.
 """
 
 import re
@@ -13,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 from records import canonical
-from records.errors import InvalidError, MalformedError, ReproError
+from records.errors import MalformedError, ReproError
 from records.keys import KeySet, b64_strict, fingerprint, parse_public_key
-from records.number import FULL_NUMBER, SUFFIX_LENGTH, Reference, arxiv_key, suffix_of
+from records.number import FULL_NUMBER, SUFFIX_LENGTH, Reference, arxiv_key, derived_aliases, suffix_of
 from records.receipt import verify_digest
 from records.report import Check, Kind, Status, Trust, Verification
 
@@ -57,7 +58,7 @@ def form_of(value: Any) -> Form | None:
 
 
 def canonical_text_sha256(text: str) -> str:
-    """`title_canon_sha256` and `abstract_canon_sha256`: SHA-256 of the text in lower case, white space collapsed, trimmed."""
+    """The registry's title and abstract hashes: SHA-256 of the text in lower case, white space collapsed, trimmed."""
     return canonical.sha256_hex(" ".join(text.lower().split()).encode("utf-8"))
 
 
@@ -121,8 +122,9 @@ def verify_document(
 ) -> Verification:
     """Every check on one Pith document; never raises for what is in `data`.
 
-    `asked` is what the document was fetched for: another paper's document fails, however sound. `schema_known` says why the
-    schema need not be applied again (the package's own records are validated when it is built, and pinned by hash).
+    `asked` is what the document was fetched for: another paper's document fails, however sound. `schema_known` says
+    why the schema need not be applied again (the package's own records are validated when it is built, and pinned by
+    hash).
     """
     empty = Verification(target=target, kind="pith_record")
     try:
@@ -152,7 +154,9 @@ def verify_value(
     if form in ("record", "bundle", "state"):
         number, trust = _record(checks, form, value, trusted)
         if form == "bundle":
-            _events(checks, value)
+            _events(checks, value, trusted)
+        elif form == "state":
+            _counts(checks, value)
     elif form == "graph":
         _snapshot(checks, value)
     else:
@@ -186,7 +190,9 @@ def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[s
     if isinstance(record, dict):
         computed = canonical.sha256_hex(canonical.encode_parsed(record))
         if stated is None:
-            checks.add("canonical_hash", "skip", f"the document states no canonical_sha256; its record hashes to {computed}")
+            checks.add(
+                "canonical_hash", "skip", f"the document states no canonical_sha256; its record hashes to {computed}"
+            )
         elif checks.same("canonical_hash", "canonical_sha256", stated, computed):
             checks.add("canonical_hash", "pass", f"SHA-256 of the canonical record is {computed}")
         digest = computed
@@ -194,7 +200,11 @@ def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[s
     else:
         checks.add("canonical_hash", "skip", "the document shows no canonical record to hash")
     number = _number(checks, value, record, digest)
-    aliases = get(value, "current", "source_aliases") if form == "state" else value.get("source_aliases", value.get("aliases"))
+    aliases = (
+        get(value, "current", "source_aliases")
+        if form == "state"
+        else value.get("source_aliases", value.get("aliases"))
+    )
     _aliases(checks, aliases, record, digest)
     _texts(checks, value, record, paper)
     trust = _receipt(checks, receipt, digest, trusted, isinstance(record, dict))
@@ -278,14 +288,7 @@ def _aliases(checks: _Checks, aliases: Any, record: Any, digest: str | None) -> 
     if not isinstance(aliases, list):
         checks.add("aliases", "skip", "the document lists no aliases")
         return
-    identifier, version = text(record, "source", "id"), get(record, "source", "version")
-    expected: dict[str, str] = {}
-    if identifier is not None:
-        expected = {"arxiv": identifier, "arxiv_version": f"{identifier}v{version}"}
-        expected["doi"] = f"10.48550/arxiv.{identifier}"
-    if digest is not None:
-        suffix = suffix_of(bytes.fromhex(digest))
-        expected |= {f"pith_short_{length}": suffix[:length] for length in (8, 12, 16)}
+    expected = derived_aliases(record, digest)
     compared = 0
     for alias in aliases:
         kind, value = text(alias, "alias_kind"), text(alias, "alias_value")
@@ -295,7 +298,9 @@ def _aliases(checks: _Checks, aliases: Any, record: Any, digest: str | None) -> 
             checks.add("aliases", "skip", f"nothing in the record says what {shown(kind)} {shown(value)} should be")
         elif kind == "doi" and not value.lower().startswith("10.48550/"):
             checks.add("aliases", "skip", f"the publisher's DOI {shown(value)} does not follow from the record")
-        elif (value.lower() if kind == "doi" else value) == (expected[kind].lower() if kind == "doi" else expected[kind]):
+        elif (value.lower() if kind == "doi" else value) == (
+            expected[kind].lower() if kind == "doi" else expected[kind]
+        ):
             compared += 1
         else:
             checks.add("aliases", "fail", f"the alias {kind} says {shown(value)}, expected {shown(expected[kind])}")
@@ -344,7 +349,9 @@ def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet,
     if digest is None:
         checks.add("receipt_digest", "skip", "there is no hash to compare the receipt with")
     elif stated is None:
-        checks.add("receipt_digest", "skip", "the receipt names no hash; its signature is checked against the record's own")
+        checks.add(
+            "receipt_digest", "skip", "the receipt names no hash; its signature is checked against the record's own"
+        )
     elif checks.same("receipt_digest", "receipt.canonical_sha256", stated, digest):
         checks.add("receipt_digest", "pass", "the receipt names this record's hash")
     key_id = text(receipt, "key_id")
@@ -358,7 +365,9 @@ def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet,
         return trust
     key = trusted.find(key_id)
     if key is None or digest is None:
-        reason = f"the key {shown(key_id)} is neither pinned nor trusted" if key is None else "there is no hash to verify"
+        reason = (
+            f"the key {shown(key_id)} is neither pinned nor trusted" if key is None else "there is no hash to verify"
+        )
         checks.add("receipt_signature", "skip", reason)
         checks.add("key_trust", "skip", reason)
         return trust
@@ -416,17 +425,32 @@ def _snapshot(checks: _Checks, graph: Any) -> None:
         checks.add("snapshot_hash", "skip", "the snapshot states no hashes")
 
 
-def _events(checks: _Checks, bundle: Any) -> None:
+def _events(checks: _Checks, bundle: Any, trusted: KeySet) -> None:
     from records.merge import merge_bundles
 
-    merged = merge_bundles([bundle])
+    try:
+        merged = merge_bundles([bundle], trusted=trusted)
+    except ReproError as error:
+        checks.add("merge", "fail", str(error))
+        return
     for reason in merged.reasons:
-        checks.add("merge", "fail", reason)
+        checks.add("merge", "fail", f"{reason}; a state leaves it out")
     if not merged.reasons:
-        counts = f"{merged.event_count} events, {merged.valid_event_count} of them of a form that we know"
-        checks.add("merge", "pass", f"{counts}, {merged.equivocation_count} equivocations")
+        conflicts = merged.equivocation_count
+        detail = f"{merged.event_count} distinct events merge, {conflicts} equivocations (kept and counted)"
+        checks.add("merge", "pass", detail)
     if merged.event_count:
         checks.add("envelope_signature", "skip", f"{_UNKNOWN_EVENT_RULE}: event signatures were not checked")
+
+
+def _counts(checks: _Checks, state: Any) -> None:
+    """A state's counts against each other; what it was merged from is not in it."""
+    names = ("event_count", "valid_event_count", "invalid_event_count")
+    counts = [state.get(name) for name in names]
+    if all(type(count) is int for count in counts):
+        checks.same("merge", "event_count", counts[0], counts[1] + counts[2])
+    if not checks.failed("merge"):
+        checks.add("merge", "skip", "a state shows its result, not its events: merge its bundle and compare (--state)")
 
 
 def _keys(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> Trust:
@@ -467,6 +491,3 @@ def _asked(checks: _Checks, asked: Reference, number: str | None, value: Any) ->
             checks.add("aliases", "fail", f"asked for {asked}, the record is of arxiv:{shown(identifier)}")
         elif asked.version is not None and asked.version != version:
             checks.add("aliases", "fail", f"asked for {asked}, the record is of version {shown(version)}")
-
-
-__all__ = ["Form", "InvalidError", "canonical_text_sha256", "form_of", "verify_document", "verify_record", "verify_value"]

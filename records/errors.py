@@ -30,7 +30,7 @@ class MalformedError(ReproError):
 
 
 class IndeterminateError(ReproError):
-    """Nothing was proven either way: ambiguous, not found, or an asked-for trust that could not be shown (exit code 4)."""
+    """Nothing was proven either way: ambiguous, not found, or a trust asked for and not shown (exit code 4)."""
 
     exit_code = 4
 

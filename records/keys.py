@@ -1,8 +1,9 @@
 """Ed25519 keys: made, stored, read and trusted.
 
-- A public key is a JSON object in the form of the registry's signing-key.json, with optional `valid_from`, `valid_until`
-  and `revoked_at` for rotation.
-- A private key lies in a file of its own with mode 0600; it is never printed and `refuse_secrets` keeps it out of bundles.
+- A public key is a JSON object in the form of the registry's signing-key.json, with optional `valid_from`,
+  `valid_until` and `revoked_at` for rotation.
+- A private key lies in a file of its own with mode 0600; it is never printed and `refuse_secrets` keeps it out of
+  bundles.
 - A `KeySet` holds the keys that the package pins or the user names. A key that came with a document is never in one.
 """
 
@@ -23,7 +24,9 @@ from records.report import Source
 
 PRIVATE_SCHEMA: Final = "repro.private-key/v1"
 PINNED_FILE: Final = Path(__file__).parent / "data" / "keys.json"
-KEY_FORM: Final = '{"key_id","algorithm":"ed25519","format":"raw","public_key_b64","fingerprint_sha256_hex","rotates_at"}'
+KEY_FORM: Final = (
+    '{"key_id","algorithm":"ed25519","format":"raw","public_key_b64","fingerprint_sha256_hex","rotates_at"}'
+)
 
 _KEY_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)")
@@ -69,7 +72,9 @@ class PublicKey:
 
     def __post_init__(self) -> None:
         if not _KEY_ID.fullmatch(self.key_id):
-            raise MalformedError(f"key: expected an id of letters, digits, '.', '_' and '-', found {self.key_id[:40]!a}")
+            raise MalformedError(
+                f"key: expected an id of letters, digits, '.', '_' and '-', found {self.key_id[:40]!a}"
+            )
         if len(self.raw) != 32:
             raise MalformedError(f"key: expected a raw Ed25519 key of 32 bytes, found {len(self.raw)}")
         for time in (self.valid_from, self.valid_until, self.revoked_at):
@@ -232,7 +237,7 @@ def save(key: PrivateKey, path: Path) -> None:
 
 
 def load(path: Path) -> PrivateKey:
-    """Read a private key; UsageError where it cannot be read or others can read it too, MalformedError where it is none."""
+    """Read a private key; UsageError where it is unreadable or open to others, MalformedError where it is none."""
     try:
         data = path.read_bytes()
         mode = path.stat().st_mode

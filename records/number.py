@@ -1,8 +1,8 @@
 """Pith numbers, and the other names that a paper answers to.
 
-A full number is `pith:YYYY:SUFFIX26`: the year of `metadata.submitted_at`, and the first 26 characters (130 bits) of the base32
-of the whole 32-byte canonical hash. Forms of 8, 12 and 16 characters are prefixes: they look a record up, and never identify
-one, for among 2.5 million records about 3 pairs share their first 8.
+A full number is `pith:YYYY:SUFFIX26`: the year of `metadata.submitted_at`, and the first 26 characters (130 bits) of
+the base32 of the whole 32-byte canonical hash. Forms of 8, 12 and 16 characters are prefixes: they look a record up,
+and never identify one, for among 2.5 million records about 3 pairs share their first 8.
 """
 
 import re
@@ -18,7 +18,9 @@ FULL_NUMBER: Final = re.compile(r"pith:[0-9]{4}:[A-Z2-7]{26}")
 
 _PITH: Final = re.compile(r"(?:pith:)?(?:([0-9]{4}):)?([A-Z2-7]+)", re.IGNORECASE | re.ASCII)
 #: Identifiers since 2007-04, and before; archives and subject classes are letters, `.` and `-`.
-_ARXIV: Final = re.compile(r"([0-9]{4}\.[0-9]{4,5}|[a-z-]+(?:\.[a-z-]+)?/[0-9]{7})(?:v([1-9][0-9]{0,3}))?", re.IGNORECASE | re.ASCII)
+_ARXIV: Final = re.compile(
+    r"([0-9]{4}\.[0-9]{4,5}|[a-z-]+(?:\.[a-z-]+)?/[0-9]{7})(?:v([1-9][0-9]{0,3}))?", re.IGNORECASE | re.ASCII
+)
 _DOI_OF_ARXIV: Final = "10.48550/arxiv."
 
 
@@ -86,3 +88,17 @@ def arxiv_key(identifier: str) -> str:
     """An arXiv identifier as it is compared: lower case, and `math.CA/0101001` as `math/0101001`, the same paper."""
     archive, slash, number = identifier.lower().partition("/")
     return f"{archive.partition('.')[0]}/{number}" if slash else archive
+
+
+def derived_aliases(record: object, digest: str | None) -> dict[str, str]:
+    """What each kind of alias has to be, from the record's source and canonical hash (hex), as far as they are there."""
+    aliases: dict[str, str] = {}
+    source = record.get("source") if isinstance(record, dict) else None
+    if isinstance(source, dict) and isinstance(source.get("id"), str):
+        identifier = source["id"]
+        aliases |= {"arxiv": identifier, "doi": f"{_DOI_OF_ARXIV}{identifier}"}
+        aliases["arxiv_version"] = f"{identifier}v{source.get('version')}"
+    if digest is not None:
+        suffix = suffix_of(bytes.fromhex(digest))
+        aliases |= {f"pith_short_{length}": suffix[:length] for length in SHORT_LENGTHS}
+    return aliases

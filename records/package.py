@@ -1,8 +1,9 @@
 """The replication bundle as a container: a zip or a folder of files, written deterministically and read with suspicion.
 
-- `write_bundle` stores the files uncompressed, in name order, with one fixed time and mode: the same files give the same
-  bytes everywhere, which no compressor promises from one zlib to the next.
-- `read_bundle` reads everything once into memory and hands out only those bytes, so nothing can change between hash and use.
+- `write_bundle` stores the files uncompressed, in name order, with one fixed time and mode: the same files give the
+  same bytes everywhere, which no compressor promises from one zlib to the next.
+- `read_bundle` reads everything once into memory and hands out only those bytes, so nothing can change between hash
+  and use.
 - `build_manifest` and `check_manifest` bind the files together.
 """
 
@@ -88,7 +89,9 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         temporary = None
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UsageError(f"cannot write {path}: {reason}; choose a folder that exists, is writable and has room") from None
+        raise UsageError(
+            f"cannot write {path}: {reason}; choose a folder that exists, is writable and has room"
+        ) from None
     finally:
         if temporary is not None:  # also after Ctrl-C
             Path(temporary).unlink(missing_ok=True)
@@ -130,15 +133,22 @@ def _read_zip(data: bytes) -> dict[str, bytes]:
             for info in entries:
                 total += info.file_size
                 if info.file_size > RATIO_FREE_BYTES and info.file_size > MAX_RATIO * info.compress_size:
-                    raise MalformedError(f"bundle: {info.filename!a} unpacks to over {MAX_RATIO} times its size: a zip bomb")
+                    raise MalformedError(
+                        f"bundle: {info.filename!a} unpacks to over {MAX_RATIO} times its size: a zip bomb"
+                    )
             if total > MAX_TOTAL_BYTES:
-                raise MalformedError(f"bundle: unpacks to {total} bytes, expected at most {MAX_TOTAL_BYTES}: a zip bomb")
-            # ZipExtFile stops at the declared size and then compares the CRC, so a size that lies is an error, not a bomb.
+                raise MalformedError(
+                    f"bundle: unpacks to {total} bytes, expected at most {MAX_TOTAL_BYTES}: a zip bomb"
+                )
+            # ZipExtFile stops at the declared size and then compares the CRC, so a size that lies is an error, not a
+            # bomb.
             files = {info.filename: archive.read(info) for info in entries}
     except MalformedError:
         raise
     except _ZIP_ERRORS as error:
-        raise MalformedError(f"bundle: not a whole zip file ({type(error).__name__}); fetch or build it again") from None
+        raise MalformedError(
+            f"bundle: not a whole zip file ({type(error).__name__}); fetch or build it again"
+        ) from None
     return files
 
 

@@ -1,18 +1,18 @@
 """Ed25519 signatures: the one primitive, and the registry's receipts.
 
-A receipt signs the 32 raw bytes of a record's canonical hash and nothing else: its own time, builder, key id, the aliases
-and the year in the number are the registry's word, not covered by the signature.
+A receipt signs the 32 raw bytes of a record's canonical hash and nothing else: its own time, builder, key id, the
+aliases and the year in the number are the registry's word, not covered by the signature.
 """
 
 from records.errors import InvalidError
 
 
 def verify_digest(public_key: bytes, digest: bytes, signature: bytes) -> None:
-    """Return if `signature` (64 bytes) is `public_key`'s (32 raw bytes) Ed25519 signature of `digest`; else raise InvalidError.
+    """Raise InvalidError unless `signature` (64 bytes) is the Ed25519 one of `digest` by `public_key` (32 raw bytes).
 
-    `digest` is the message as it stands, hashed no further here: a receipt's is 32 bytes, an envelope's any length. libsodium
-    refuses small-order keys and R, S >= L and encodings that are not canonical. Another library would not do in its place:
-    some accept signatures under all 14 weak keys.
+    `digest` is the message as it stands, hashed no further here: a receipt's is 32 bytes, an envelope's any length.
+    libsodium refuses small-order keys and R, S >= L and encodings that are not canonical. Another library would not
+    do in its place: some accept signatures under all 14 weak keys.
     """
     from nacl.bindings import crypto_sign_open
     from nacl.exceptions import CryptoError

@@ -1,10 +1,12 @@
 """Replication records: what binds a run's files, its verdicts and its paper together under one signature.
 
-The bundle's files are bound by manifest.json, the manifest by the predicate's `manifest_sha256`, the predicate by the signed
-statement in statement.dsse.json, and the statement's subject is the paper. docs/replication-record.md gives every byte.
+The bundle's files are bound by manifest.json, the manifest by the predicate's `manifest_sha256`, the predicate by the
+signed statement in statement.dsse.json, and the statement's subject is the paper. docs/replication-record.md gives
+every byte.
 
 - `build_replication` adds manifest, statement and (where signed) the public key to a run's files.
-- `verify_replication` makes the checks that need no knowledge of papers or traces; its caller appends `trace` and `verdicts`.
+- `verify_replication` makes the checks that need no knowledge of papers or traces; its caller appends `trace` and
+  `verdicts`.
 """
 
 import re
@@ -44,8 +46,8 @@ def build_replication(
 ) -> dict[str, bytes]:
     """`files` with manifest.json, statement.dsse.json and, where there is a key, its public half as signing-key.json.
 
-    `predicate` gets `manifest_sha256`; its other fields are checked against the form that docs/replication-record.md gives.
-    Raises MalformedError for another form, InvalidError where a file holds a secret or a home folder's path.
+    `predicate` gets `manifest_sha256`; its other fields are checked against the form that docs/replication-record.md
+    gives. Raises MalformedError for another form, InvalidError where a file holds a secret or a home folder's path.
     """
     for name in (MANIFEST, STATEMENT, PUBLIC_KEY):
         if name in files:
@@ -93,7 +95,11 @@ def _statement_faults(statement: dict[str, Any]) -> list[str]:
         faults.append("expected at least one verdict")
     else:
         for entry in verdicts:
-            if not isinstance(entry, dict) or not isinstance(entry.get("claim"), str) or entry.get("verdict") not in VERDICTS:
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("claim"), str)
+                or entry.get("verdict") not in VERDICTS
+            ):
                 faults.append(f"expected each verdict as a claim with one of {', '.join(VERDICTS)}")
                 break
         else:
@@ -110,7 +116,7 @@ def read_statement(files: Mapping[str, bytes]) -> Envelope:
 
 
 def verify_replication(files: Mapping[str, bytes], *, trusted: KeySet, target: str = "-") -> Verification:
-    """The checks `strict_json`, `schema`, `envelope_signature`, `key_trust`, `manifest`, `plan` and those of the Pith record.
+    """The checks `strict_json schema envelope_signature key_trust manifest plan` and those of the bundled Pith record.
 
     Never raises for what is in the bundle. The state stays `indeterminate` until the caller appends a passed `verdicts`
     check, for a bundle whose verdicts were not judged again has shown nothing.
@@ -169,7 +175,9 @@ def _bound(files: Mapping[str, bytes], name: str, code: str, expected: str, fiel
         return Check(code=code, status="fail", detail=f"expected {name} in the bundle, found none")
     found = canonical.sha256_hex(files[name])
     if found != expected:
-        return Check(code=code, status="fail", detail=f"{name} has SHA-256 {found}, the statement's {field} is {expected}")
+        return Check(
+            code=code, status="fail", detail=f"{name} has SHA-256 {found}, the statement's {field} is {expected}"
+        )
     return Check(code=code, status="pass", detail=f"{name} has the SHA-256 that the statement names")
 
 

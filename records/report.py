@@ -21,7 +21,7 @@ _MALFORMED: Final = frozenset({"strict_json", "schema"})
 _PROOF: Final[dict[Kind, frozenset[str]]] = {
     "pith_record": frozenset({"canonical_hash", "pith_number"}),
     "pith_bundle": frozenset({"canonical_hash", "pith_number"}),
-    "pith_state": frozenset({"canonical_hash", "pith_number", "snapshot_hash"}),
+    "pith_state": frozenset({"canonical_hash", "pith_number"}),
     "replication_bundle": frozenset({"verdicts"}),
 }
 _SIGNED: Final = frozenset({"receipt_signature", "envelope_signature"})

@@ -1,6 +1,7 @@
 """The JSON Schemas (draft 2020-12) of the documents, and every fault that a document has against its own.
 
-jsonschema is imported when a foreign document is read, and not before: the package's own records are validated by its tests.
+jsonschema is imported when a foreign document is read, and not before: the package's own records are validated by its
+tests.
 """
 
 import json
@@ -26,7 +27,7 @@ def validator(form: str) -> "Draft202012Validator":
 
 
 def faults(form: str, value: object) -> list[str]:
-    """Every fault of `value` against the schema of `form`, in the document's order; at most 20 of them, each one line."""
+    """Every fault of `value` against the schema of `form`, in the document's order, each one line; at most 20."""
     found: list[str] = []
     for error in validator(form).iter_errors(value):
         if len(found) == MAX_FAULTS:

@@ -1,7 +1,8 @@
 """in-toto Statement v1 in a DSSE v1 envelope, signed with Ed25519.
 
-The signature covers the pre-authentication encoding `DSSEv1 SP len(type) SP type SP len(payload) SP payload`; the payload is
-the canonical JSON of the statement, so that one statement has one envelope. docs/replication-record.md is normative.
+The signature covers the pre-authentication encoding `DSSEv1 SP len(type) SP type SP len(payload) SP payload`; the
+payload is the canonical JSON of the statement, so that one statement has one envelope. docs/replication-record.md is
+normative.
 """
 
 import base64
@@ -107,7 +108,8 @@ def verify_envelope(
     """The checks `envelope_signature` and `key_trust`, and the key that they speak of.
 
     A key is looked up by its id among the trusted ones first; one that came with the document is used only where no
-    trusted key has that id, and then gives no trust. `at` is when the signer says it signed. Every signature has to hold.
+    trusted key has that id, and then gives no trust. `at` is when the signer says it signed. Every signature has to
+    hold.
     """
     if not envelope.signatures:
         reason = "the envelope carries no signature: the content can be checked, its author cannot"
