@@ -9,6 +9,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.nn import functional as nnf
 from records.errors import UsageError
 from repro.moe import MoE, RouterOutput, RoutingRule, SwiGLU
 from repro.moe.experts import check_backend
-from repro.moe.layer import Score, check_sizes
+from repro.moe.layer import Score, check_score, check_sizes
+
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,7 @@ class ModelConfig:
             raise UsageError(f"model config: expected d_dense of at least 1 with dense_layers, found {self.d_dense}")
         if self.rope_theta <= 0:
             raise UsageError(f"model config: expected rope_theta above 0, found {self.rope_theta}")
+        check_score(self.score)
         check_backend(self.backend)
         if self.num_experts:
             check_sizes(
@@ -98,7 +102,31 @@ class RMSNorm(nn.Module):
         self.gain_D = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nnf.rms_norm(x, self.gain_D.shape, self.gain_D, 1e-5)
+        if x.device.type != "cpu":
+            return torch.rms_norm(x, self.gain_D.shape, self.gain_D, NORM_EPS)
+        y: Tensor = _CpuRMSNorm.apply(x, self.gain_D)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    """torch has no fused kernel for this on the CPU; its composite backward takes twice as long as this one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain_D: Tensor) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(NORM_EPS).rsqrt_()
+        ctx.save_for_backward(x, scale, gain_D)
+        return (x * scale).mul_(gain_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, scale, gain_D = ctx.saved_tensors
+        normed = x * scale
+        dgain_D = (dy * normed).view(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        dnormed = dy * gain_D
+        along = (dnormed * normed).mean(-1, keepdim=True)
+        return dnormed.addcmul_(normed, along, value=-1).mul_(scale), dgain_D
 
 
 class Attention(nn.Module):
@@ -112,12 +140,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
         B, S, D = x_BSD.shape
-        qkv_BS3HC = (x_BSD @ self.w_qkv_DD).view(B, S, 3, self.num_heads, D // self.num_heads)
-        qk_BS2HC, v_BSHC = qkv_BS3HC[:, :, :2], qkv_BS3HC[:, :, 2]
-        q_BSHC, k_BSHC = rotate(qk_BS2HC, turn_SC).unbind(2)
-        y_BHSC = nnf.scaled_dot_product_attention(
-            q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2), is_causal=True
-        )
+        qk_BSD, v_BSD = torch.split(x_BSD @ self.w_qkv_DD, [2 * D, D], dim=-1)
+        q_BSD, k_BSD = rotate(qk_BSD, turn_SC).chunk(2, dim=-1)
+        q_BHSC, k_BHSC, v_BHSC = (z.view(B, S, self.num_heads, -1).transpose(1, 2) for z in (q_BSD, k_BSD, v_BSD))
+        y_BHSC = nnf.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True)
         return y_BHSC.transpose(1, 2).reshape(B, S, D) @ self.w_out_DD
 
 
@@ -181,8 +207,10 @@ class Transformer(nn.Module):
             raise UsageError(f"model: expected at most {config.context} tokens a sequence (context), found {length}")
         routers = []
         x_BSD = nnf.embedding(tokens_BS, self.embedding_VD)
+        # One angle a channel pair of every query and key head: long inner loops are several times faster on the CPU.
+        turn_SC = self.turn_SC[:length].repeat(1, 2 * config.num_heads)
         for block in self.blocks:
-            x_BSD, router = block(x_BSD, self.turn_SC[:length], rule)
+            x_BSD, router = block(x_BSD, turn_SC, rule)
             if router is not None:
                 routers.append(router)
         return ModelOutput(self.final_norm(x_BSD) @ self.unembedding_VD.t(), tuple(routers))
@@ -247,17 +275,17 @@ def _draw(shape: torch.Size, std: float, stream: str) -> Tensor:
 
 
 def rotations(length: int, width: int, theta: float) -> Tensor:
-    """cos and sin of position · theta^(-2i/width), as (S, 2, width/2) (rotary positions, arXiv 2104.09864, eq. 15)."""
+    """exp(i·position·theta^(-2c/width)), complex (S, width/2): rotary positions (arXiv 2104.09864, eq. 15)."""
     rate_C = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle_SC = torch.arange(length, dtype=torch.float64)[:, None] * rate_C
-    return torch.stack((angle_SC.cos(), angle_SC.sin()), dim=1).float()
+    return torch.polar(torch.ones_like(angle_SC), angle_SC).to(torch.complex64)
 
 
-def rotate(x_BSXHC: Tensor, turn_SC: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + C/2) by the position's angle; axis 1 of x is the position, the last the channels."""
-    cos, sin = turn_SC[None, :, :, None, None].to(x_BSXHC.dtype).unbind(2)
-    left, right = x_BSXHC.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
+def rotate(x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
+    """Turn neighbouring channels (2c, 2c + 1) of each head by the position's angle; `turn_SC` covers all heads of x."""
+    dtype = torch.promote_types(x_BSD.dtype, torch.float32)
+    pairs_BSC = torch.view_as_complex(x_BSD.to(dtype).view(*x_BSD.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs_BSC * turn_SC.to(dtype.to_complex())).flatten(-2).to(x_BSD.dtype)
 
 
 @dataclass(frozen=True, slots=True)

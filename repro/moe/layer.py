@@ -5,7 +5,7 @@ computed.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(d_model=d_model, d_expert=d_expert, num_experts=num_experts, top_k=top_k, d_shared=d_shared)
-        if score not in ("softmax", "sigmoid"):
-            raise RoutingError(f"expected score to be softmax or sigmoid, found {score!r}")
+        check_score(score)
         check_backend(backend)
         self.name = "moe"
         self.score = score
@@ -114,6 +113,12 @@ class MoE(nn.Module):
         bad = int((~logits_TE.isfinite()).sum())
         if bad:
             raise NonFiniteError(self.name, f"{bad} of {logits_TE.numel()} NaN or infinite")
+
+
+def check_score(score: str) -> None:
+    """Raise `RoutingError` unless `score` is a way to turn logits into scores."""
+    if score not in get_args(Score):
+        raise RoutingError(f"expected score to be softmax or sigmoid, found {score!r}")
 
 
 def check_sizes(*, d_model: int, d_expert: int, num_experts: int, top_k: int, d_shared: int) -> None:

@@ -142,14 +142,16 @@ def stable_top_k(scores_TE: Tensor, k: int) -> Tensor:
     open)."""
     if k >= _SORT_FROM_K:
         return torch.sort(scores_TE, dim=1, descending=True, stable=True).indices[:, :k]
-    expert_TK = torch.empty(scores_TE.shape[0], k, dtype=torch.int64, device=scores_TE.device)
-    left_TE = scores_TE.detach().clone()
+    best: list[Tensor] = []
+    left_TE = scores_TE.detach()
     for slot in range(k):
-        # argmax is specified to return the first of equal maxima.
-        best_T1 = left_TE.argmax(1, keepdim=True)
-        expert_TK[:, slot : slot + 1] = best_T1
-        left_TE.scatter_(1, best_T1, -torch.inf)
-    return expert_TK
+        if slot:
+            left_TE = left_TE.scatter(1, best[-1], -torch.inf)
+        # `max` is specified to return the index of the first of equal maxima.
+        best.append(left_TE.max(1, keepdim=True).indices)
+    return (
+        torch.cat(best, dim=1) if best else torch.empty(len(scores_TE), 0, dtype=torch.int64, device=scores_TE.device)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +173,10 @@ def balance_loss(router: RouterOutput) -> Tensor:
     scores_TE = router.scores_TE
     if scores_TE.shape[0] == 0:
         return scores_TE.sum()
-    share_TE = scores_TE / scores_TE.sum(1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
     load_E = router.routing.load_E.to(scores_TE.dtype)
-    share_E = load_E / load_E.sum().clamp_min(1)
-    return router.routing.num_experts * (share_E @ share_TE.mean(0))
+    share_E = load_E * (router.routing.num_experts / max(1, router.routing.token_N.numel()))
+    # The division by the token's sum comes after the sum over experts: nothing of size (T, E) is made.
+    return ((scores_TE @ share_E) / scores_TE.sum(1).clamp_min(torch.finfo(scores_TE.dtype).tiny)).mean()
 
 
 def _offsets(counts: Tensor) -> Tensor:

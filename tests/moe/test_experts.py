@@ -1,0 +1,182 @@
+"""The backends against the definition: values, gradients, repeats, and what must not leak."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from repro.moe import BACKENDS, Routing, RoutingError, TopK, apply_experts
+
+FAST = [backend for backend in BACKENDS if backend not in ("auto", "reference")]
+
+Case = tuple[Tensor, Routing, Tensor, Tensor]
+
+
+def weights(E: int, D: int, F: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    up = torch.randn(E, D, 2 * F, dtype=dtype) * D**-0.5
+    return up.requires_grad_(), (torch.randn(E, F, D, dtype=dtype) * F**-0.5).requires_grad_()
+
+
+def case(
+    expert_TK: Tensor, E: int, D: int, F: int, dtype: torch.dtype = torch.float32, scale: float = 1
+) -> tuple[Case, Tensor]:
+    """Random tokens, gates and experts on given slots; the gates' leaf comes beside."""
+    T = expert_TK.shape[0]
+    gate_TK = torch.rand(expert_TK.shape, dtype=dtype, requires_grad=True)
+    x_TD = (torch.randn(T, D, dtype=dtype) * scale).requires_grad_()
+    return (x_TD, Routing.from_slots(expert_TK, gate_TK, E), *weights(E, D, F, dtype)), gate_TK
+
+
+def top_k_slots(T: int, E: int, k: int | Tensor) -> Tensor:
+    return TopK(k)(torch.rand(T, E))[0]
+
+
+def slots_of(kind: str, T: int, E: int) -> Tensor:
+    if kind == "top-2":
+        return top_k_slots(T, E, 2)
+    if kind == "k by token":
+        return top_k_slots(T, E, torch.randint(0, E + 1, (T,)))
+    if kind == "one expert":
+        return torch.full((T, 1), E - 1)
+    if kind == "some experts idle":
+        return torch.randint(0, 2, (T, 1)) * (E - 2)
+    if kind == "some tokens idle":
+        return torch.where(torch.rand(T, 2) < 0.5, -1, torch.tensor([0, 1]))
+    raise AssertionError(kind)
+
+
+KINDS = ["top-2", "k by token", "one expert", "some experts idle", "some tokens idle"]
+
+
+def gradients(inputs: Case, gate_TK: Tensor, dy_TD: Tensor, backend: str) -> tuple[Tensor, ...]:
+    x_TD, routing, up, down = inputs
+    y_TD = apply_experts(x_TD, routing, up, down, backend)
+    grads = torch.autograd.grad(y_TD, (x_TD, gate_TK, up, down), dy_TD, retain_graph=True)
+    return (y_TD.detach(), *grads)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "D", "F", "E"), [(33, 16, 8, 5), (7, 6, 3, 4), (200, 32, 24, 3), (64, 10, 12, 9)])
+@pytest.mark.parametrize("backend", FAST)
+def test_fast_backends_equal_the_reference_to_rounding(backend: str, kind: str, T: int, D: int, F: int, E: int) -> None:
+    inputs, gate_TK = case(slots_of(kind, T, E), E, D, F)
+    dy_TD = torch.randn(T, D)
+    expected = gradients(inputs, gate_TK, dy_TD, "reference")
+    for name, found, want in zip(
+        ("y", "dx", "dgate", "dup", "ddown"), gradients(inputs, gate_TK, dy_TD, backend), expected, strict=True
+    ):
+        assert relative(found, want) < 2e-6, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck_in_float64(backend: str, kind: str) -> None:
+    inputs, gate_TK = case(slots_of(kind, 6, 4), 4, 4, 3, torch.float64)
+    x_TD, _, up, down = inputs
+    expert_TK = slots_of(kind, 6, 4)
+
+    def run(x_TD: Tensor, gate_TK: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return apply_experts(x_TD, Routing.from_slots(expert_TK, gate_TK, 4), up, down, backend)
+
+    gate_TK = torch.rand(expert_TK.shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x_TD, gate_TK, up, down))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("size", [(64, 16, 8, 5), (640, 64, 32, 8)])
+def test_forty_repeats_are_bitwise_equal(backend: str, size: tuple[int, int, int, int]) -> None:
+    T, D, F, E = size
+    inputs, gate_TK = case(slots_of("k by token", T, E), E, D, F)
+    dy_TD = torch.randn(T, D)
+    first = gradients(inputs, gate_TK, dy_TD, backend)
+    for _ in range(39):
+        assert all(map(torch.equal, first, gradients(inputs, gate_TK, dy_TD, backend)))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_frozen_parts_get_no_gradient_and_change_no_other(backend: str) -> None:
+    inputs, gate_TK = case(slots_of("top-2", 20, 4), 4, 8, 4)
+    x_TD, routing, up, down = inputs
+    dy_TD = torch.randn(20, 8)
+    full = gradients(inputs, gate_TK, dy_TD, backend)[1:]
+    leaves = (x_TD, gate_TK, up, down)
+    for wanted in itertools.product([False, True], repeat=4):
+        if not any(wanted):
+            continue
+        for leaf, want in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(want)
+        fresh = Routing.from_slots(routing.expert_N.view(20, 2), gate_TK, 4)
+        y_TD = apply_experts(x_TD, fresh, up, down, backend)
+        kept = [n for n in range(4) if wanted[n]]
+        found = torch.autograd.grad(y_TD, [leaves[n] for n in kept], dy_TD)
+        for n, grad in zip(kept, found, strict=True):
+            assert relative(grad, full[n]) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_poisoned_token_reaches_no_other(backend: str) -> None:
+    expert_TK = top_k_slots(30, 4, 2)
+    inputs, _ = case(expert_TK, 4, 8, 4)
+    x_TD, routing, up, down = inputs
+    clean = apply_experts(x_TD, routing, up, down, backend)
+    poisoned = x_TD.detach().clone()
+    poisoned[29] = torch.nan
+    y_TD = apply_experts(poisoned, routing, up, down, backend)
+    assert torch.equal(y_TD[:29], clean[:29])
+    assert y_TD[29].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_idle_experts_may_hold_anything(backend: str) -> None:
+    inputs, gate_TK = case(torch.zeros(9, 1, dtype=torch.int64), 3, 8, 4)
+    _, _, up, down = inputs
+    with torch.no_grad():
+        up[1:], down[1:] = torch.nan, torch.inf
+    y_TD, dx_TD, _, dup, ddown = gradients(inputs, gate_TK, torch.randn(9, 8), backend)
+    assert y_TD.isfinite().all()
+    assert dx_TD.isfinite().all()
+    assert not dup[1:].any()
+    assert not ddown[1:].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
+def test_nothing_to_route_gives_zero_and_zero_gradients(backend: str, shape: tuple[int, int]) -> None:
+    inputs, gate_TK = case(torch.full(shape, -1), 4, 8, 4)
+    y_TD, *grads = gradients(inputs, gate_TK, torch.ones(shape[0], 8), backend)
+    assert y_TD.shape == (shape[0], 8)
+    assert not y_TD.any()
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+@pytest.mark.parametrize("backend", FAST)
+def test_against_float64_at_several_scales(backend: str, scale: float) -> None:
+    inputs, gate_TK = case(slots_of("top-2", 50, 6), 6, 32, 16, scale=scale)
+    x_TD, routing, up, down = inputs
+    y_TD = apply_experts(x_TD, routing, up, down, backend)
+    wide = Routing.from_slots(routing.expert_N.view(50, 2), gate_TK.double(), 6)
+    exact = apply_experts(x_TD.double(), wide, up.double(), down.double(), "reference")
+    assert relative(y_TD, exact) < 1e-6
+
+
+def test_bad_shapes_say_what_was_expected() -> None:
+    inputs, _ = case(slots_of("top-2", 5, 4), 4, 8, 4)
+    x_TD, routing, up, down = inputs
+    calls: list[tuple[str, Callable[[], Tensor]]] = [
+        ("experts of shape", lambda: apply_experts(x_TD, routing, up[:, :, :6], down)),
+        ("experts of shape", lambda: apply_experts(x_TD[:, :4], routing, up, down)),
+        ("routing of 4 tokens", lambda: apply_experts(x_TD[:4], routing, up, down)),
+        ("to 3 experts", lambda: apply_experts(x_TD, routing, up[:3], down[:3])),
+        ("found 'cuda'", lambda: apply_experts(x_TD, routing, up, down, "cuda")),
+    ]
+    for message, call in calls:
+        with pytest.raises(RoutingError, match=message):
+            call()
