@@ -1,0 +1,252 @@
+"""Commands of the replicator: papers, claims, plan, run, judge, report, bundle, env."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Subparsers = Any  # argparse gives this type no public name
+
+# Imports lie inside the commands: `repro verify` builds this parser too, and must start in milliseconds.
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds the commands to `commands`."""
+    command = commands.add_parser("papers", help="what can be reproduced")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command.set_defaults(func=_papers)
+
+    command = commands.add_parser("claims", help="a paper's claims, each with its criterion and source")
+    command.add_argument("paper", metavar="PAPER")
+    command.add_argument("--json", action="store_true", help="one JSON object a claim")
+    command.set_defaults(func=_claims)
+
+    command = commands.add_parser("plan", help="the plan of a run, its digest, time and memory; runs nothing")
+    _add_plan_arguments(command)
+    command.add_argument("--json", action="store_true", help="the plan itself, canonical JSON")
+    command.set_defaults(func=_plan)
+
+    command = commands.add_parser("run", help="plan, train, measure, judge, report")
+    _add_plan_arguments(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/PAPER-SCALE)")
+    command.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    command.set_defaults(func=_run)
+
+    command = commands.add_parser("judge", help="verdicts again, from the evidence of a run")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="the outcome, canonical JSON")
+    command.set_defaults(func=_judge)
+
+    command = commands.add_parser("report", help="the HTML report of a run again; or the README's table")
+    command.add_argument("dir", type=Path, metavar="DIR", nargs="?")
+    command.add_argument(
+        "--readme", type=Path, metavar="README", help="rewrite the table of published replications in this file"
+    )
+    command.set_defaults(func=_report)
+
+    command = commands.add_parser("bundle", help="the replication bundle of a run, signed with --key")
+    command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    command.add_argument("--key", type=Path, metavar="FILE", help="private key made by `repro keys new`")
+    command.set_defaults(func=_bundle)
+
+    command = commands.add_parser("env", help="versions, device and code that a run here would record")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.set_defaults(func=_env)
+
+
+def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("paper", metavar="PAPER")
+    command.add_argument("--scale", default="nano", help="smoke, nano, small, base or paper (default: nano)")
+    command.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the paper's for the scale)")
+    command.add_argument("--claims", metavar="IDS", help="comma-separated claims (default: all)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _papers(arguments: argparse.Namespace) -> int:
+    from repro.experiment import implemented, load_claims
+
+    for slug in implemented():
+        info = load_claims(slug)
+        paper = info.paper
+        number = paper.pith_number or "Pith number not known"
+        if arguments.json:
+            print(
+                json.dumps(
+                    {
+                        "slug": slug.replace("_", "-"),
+                        "title": paper.title,
+                        "arxiv": paper.arxiv,
+                        "pith_number": paper.pith_number,
+                        "claims": [claim.id for claim in info.claim],
+                    }
+                )
+            )
+        else:
+            ids = ", ".join(claim.id for claim in info.claim)
+            print(f"{slug.replace('_', '-')}\n  {paper.title}\n  arXiv {paper.arxiv} · {number}\n  claims: {ids}")
+    return 0
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from repro.config import encode
+    from repro.experiment import load_claims
+
+    info = load_claims(arguments.paper)
+    for claim in info.claim:
+        if arguments.json:
+            print(json.dumps(encode(claim), ensure_ascii=False))
+            continue
+        print(f"{claim.id}  {claim.title}")
+        print(f"    “{claim.statement}” ({claim.source})")
+        print(f"    metric: {claim.metric}; decided at: {', '.join(claim.scales)}; at least {claim.min_seeds} seeds")
+        for role, tests in (("replicated if all of", claim.passes), ("not replicated if any of", claim.fails)):
+            print(f"    {role}: " + "; ".join(str(test) for test in tests))
+        print("    control: " + "; ".join(str(test) for test in claim.controls))
+        if claim.note:
+            print(f"    {claim.note}")
+    return 0
+
+
+def _make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from repro.experiment import load_claims, select_claims
+    from repro.workflow.plan import make_plan
+
+    # an unknown paper or claim is said before a missing extra
+    select_claims(load_claims(arguments.paper), arguments.claims)
+    return make_plan(
+        arguments.paper,
+        scale=arguments.scale,
+        seeds=arguments.seeds,
+        claims=arguments.claims,
+        device=arguments.device,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from records import canonical
+    from repro.workflow.plan import estimate, plan_digest
+
+    plan = _make_plan(arguments)
+    if arguments.json:
+        sys.stdout.buffer.write(canonical.dumps(plan) + b"\n")
+        return 0
+    cost = estimate(plan, workers=arguments.workers)
+    print(f"{plan['paper']['title']} (arXiv {plan['paper']['arxiv']})")
+    print(f"plan      {plan_digest(plan)}")
+    print(f"scale     {plan['scale']}, seeds {', '.join(map(str, plan['seeds']))}, {len(plan['arms'])} arms")
+    for name, digest in plan["corpora"].items():
+        print(f"corpus    {name} {digest}")
+    print(f"claims    {', '.join(claim['id'] for claim in plan['claims'])}")
+    print(f"arms      {', '.join(arm['id'] for arm in plan['arms'])}")
+    shared = f" ({cost.tokens_alone:,} if no arm shared a segment)" if cost.tokens_alone > cost.tokens else ""
+    print(f"tokens    {cost.tokens:,}{shared}, {cost.flops:.3g} floating-point operations")
+    print(f"estimate  {_duration(cost.seconds)} with {cost.workers} workers, {cost.memory / 2**30:.1f} GiB of memory")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from repro.cli.progress import reporter
+    from repro.judge import exit_code
+    from repro.report import require_report
+    from repro.workflow.plan import estimate, plan_digest
+    from repro.workflow.publish import write_report
+    from repro.workflow.run import execute, finish, start
+
+    plan = _make_plan(arguments)
+    require_report()
+    folder = arguments.out or Path("runs") / f"{plan['paper']['slug'].replace('_', '-')}-{plan['scale']}"
+    seconds = estimate(plan, workers=arguments.workers).seconds
+    with start(plan, folder, resume=arguments.resume):
+        print(f"plan {plan_digest(plan)[:16]}…, about {_duration(seconds)}, in {folder}", file=sys.stderr)
+        try:
+            with reporter() as progress:
+                execute(plan, folder, workers=arguments.workers, reporter=progress)
+        except KeyboardInterrupt:
+            print(f"repro: stopped; go on with the same command and --resume (kept in {folder})", file=sys.stderr)
+            return 130
+        outcome = finish(plan, folder)
+        write_report(folder)
+    _print_outcome(plan, outcome)
+    print(f"report: {folder / 'report.html'}")
+    return exit_code(outcome)
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from records import canonical
+    from repro.judge import exit_code
+    from repro.workflow.run import finish, read_plan
+
+    plan = read_plan(arguments.dir)
+    outcome = finish(plan, arguments.dir)
+    if arguments.json:
+        sys.stdout.buffer.write(canonical.dumps(outcome) + b"\n")
+    else:
+        _print_outcome(plan, outcome)
+    return exit_code(outcome)
+
+
+def _print_outcome(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+    titles = {claim["id"]: claim["title"] for claim in plan["claims"]}
+    for group, arm in outcome["groups"].items():
+        print(f"{group}: chosen {arm}")
+    for verdict in outcome["verdicts"]:
+        print(f"{verdict['claim']:8} {verdict['verdict']:15} {titles.get(verdict['claim'], '')} ({verdict['reason']})")
+        for test in verdict["tests"]:
+            numbers = ""
+            if "effect" in test:
+                low, high = test["interval"]
+                numbers = f"  [{test['effect']}, 95% {low} to {high}, p {test['p']}, n {test['n']}]"
+            print(f"         {test['role']:8} {test['result']:12} {test['test']}{numbers}")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from records.errors import UsageError
+    from repro.workflow.publish import rewrite_readme, write_report
+
+    if (arguments.dir is None) == (arguments.readme is None):
+        raise UsageError("report: expected either a run directory or --readme README")
+    if arguments.readme:
+        rewrite_readme(arguments.readme)
+    else:
+        print(write_report(arguments.dir))
+    return 0
+
+
+def _bundle(arguments: argparse.Namespace) -> int:
+    from records import keys
+    from records.package import write_bundle
+    from repro.workflow.bundle import make_bundle
+
+    key = keys.load(arguments.key) if arguments.key else None
+    files = make_bundle(arguments.dir, key=key)
+    write_bundle(arguments.output, files)
+    signed = f"signed with {key.key_id}" if key else "not signed (no --key)"
+    print(f"{arguments.output}: {len(files)} files, {signed}")
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from repro.config import encode
+    from repro.environment import code_state, numeric_environment
+
+    print(json.dumps({"environment": encode(numeric_environment(arguments.device)), "code": code_state()}, indent=1))
+    return 0

@@ -1,0 +1,278 @@
+"""What an experiment is made of, as data: claims with criteria fixed before the run, arms, groups of arms, figures.
+
+- `Claim`: what the paper says, the tests that decide it, the control that must behave as foretold
+- `Arm`: a sequence of training segments and what is measured at the end
+- `Group`: arms that differ in a tuned setting only; the one with the lowest tuning metric stands for all
+- `Design`: the arms, groups and figures of one paper at one scale
+- `load_claims`: a paper's claims.toml, checked
+
+No torch here: judging and `repro claims` work without it.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import repro
+from records import canonical
+from records.errors import MalformedError, UsageError
+from repro.config import decode, encode
+
+if TYPE_CHECKING:
+    from repro.train import Segment
+
+SCALES = ("smoke", "nano", "small", "base", "paper")
+SLUGS = ("emo", "emoe", "mssp", "expert_upcycling", "equal_resource")
+RELATIONS = (">", "<", "<=", ">=", "identical")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """A number a seed: `metric` of `arm` (an arm or a group), or the least of `least_of`."""
+
+    arm: str
+    metric: str | None = None
+    least_of: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.metric is None) == (not self.least_of):
+            raise ValueError(f"quantity of arm {self.arm!r}: expected either metric or least_of")
+
+    def __str__(self) -> str:
+        if self.metric:
+            return f"{self.arm} {self.metric}"
+        return f"{self.arm} min({self.least_of[0]} … {self.least_of[-1]})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Test:
+    """A statement about the paired differences left − right over the seeds, with mean m and sample sd σ.
+
+    `>` holds where m > margin + sigmas·σ and, if `alpha` is given, the paired t-test has p < alpha; `<` where
+    m < −(margin + sigmas·σ), likewise; `<=` where m ≤ margin + sigmas·σ; `>=` where m ≥ −(margin + sigmas·σ).
+    `identical` asks for equal final weights and equal values of every metric that both arms have, bit for bit.
+    In a control, `expect` says whether the test has to hold there or has to fail.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    left: Quantity
+    right: Quantity
+    relation: Literal[">", "<", "<=", ">=", "identical"]
+    margin: float = 0.0
+    sigmas: float = 0.0
+    alpha: float | None = None
+    expect: Literal["holds", "fails"] = "holds"
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.relation not in ("<", ">"):
+            raise ValueError(f"relation {self.relation!r} has no significance level: leave alpha out")
+
+    def __str__(self) -> str:
+        if self.relation == "identical":
+            text = f"{self.left.arm} is bitwise {self.right.arm}"
+        else:
+            sign = "+" if self.relation in (">", "<=") else "−"
+            extra = f" {sign} {self.margin:g}" if self.margin else ""
+            extra += f" {sign} {self.sigmas:g}σ" if self.sigmas else ""
+            text = f"{self.left} {self.relation} {self.right}{extra}"
+            text += f", p < {self.alpha:g}" if self.alpha is not None else ""
+        return text if self.expect == "holds" else f"not ({text})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One claim of a paper. `passes`: all must hold for `replicated`; `fails`: any one gives `not_replicated`.
+
+    `controls`: all must come out as expected, else the verdict is `inconclusive` whatever the tests say.
+    """
+
+    id: str
+    title: str
+    statement: str
+    source: str
+    metric: str
+    scales: tuple[str, ...]
+    min_seeds: int
+    passes: tuple[Test, ...]
+    fails: tuple[Test, ...]
+    controls: tuple[Test, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.scales) - set(SCALES)
+        if unknown or "smoke" in self.scales:
+            raise ValueError(f"claim {self.id}: scales are some of {SCALES[1:]}, found {self.scales}")
+        if not (self.passes and self.fails and self.controls):
+            raise ValueError(f"claim {self.id}: expected at least one test each in passes, fails and controls")
+        if self.min_seeds < 2:
+            raise ValueError(f"claim {self.id}: a paired test needs at least 2 seeds, found min_seeds {self.min_seeds}")
+
+    @property
+    def arms(self) -> set[str]:
+        """Arms and groups that the claim's tests speak of."""
+        tests = (*self.passes, *self.fails, *self.controls)
+        return {quantity.arm for test in tests for quantity in (test.left, test.right)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """Where the experiment here differs from the paper's, or the paper leaves a choice open."""
+
+    what: str
+    paper: str
+    here: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperInfo:
+    """A paper's identity; `arxiv` with its version (2509.21892v2), `pith_number` in full or None where not known."""
+
+    slug: str
+    title: str
+    arxiv: str
+    pith_number: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """The contents of a claims.toml."""
+
+    paper: PaperInfo
+    claim: tuple[Claim, ...]
+    deviation: tuple[Deviation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Segments trained one after the other, and what is measured on the last one's model.
+
+    `measure` is data for the paper's `measure` function, which runs about `measure_tokens` tokens forward. Arms that
+    share their first segments share their training.
+    """
+
+    id: str
+    label: str
+    segments: tuple["Segment", ...]
+    measure: Mapping[str, Any] = field(default_factory=dict)
+    measure_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Arms among which one is chosen by the lowest mean over seeds of `by`, a metric that no claim is judged on."""
+
+    id: str
+    label: str
+    among: tuple[str, ...]
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A line of a figure: `arm` (or group) through `metrics`, a metric for each of the figure's x values."""
+
+    arm: str
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure drawn from metrics: every seed, the mean, and its 95% interval."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """All arms of a paper at one scale. `corpus` is a name for `repro.data.corpus.load`; `seeds` the default count."""
+
+    corpus: str
+    seeds: int
+    arms: tuple[Arm, ...]
+    groups: tuple[Group, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+
+def segment_digest(segment: Any, *, seed: int, corpus_sha256: str, parent: str | None) -> str:
+    """Identity of a segment's result: SHA-256 over its config, the seed, the corpus' digest and the segment before it.
+
+    Args:
+        segment: a `repro.train.Segment`, or what `encode` made of one.
+    """
+    return canonical.digest(
+        {
+            "schema": "repro.segment/v1",
+            "segment": encode(segment),
+            "seed": seed,
+            "corpus_sha256": corpus_sha256,
+            "parent": parent,
+        }
+    )
+
+
+def slug_of(name: str) -> str:
+    """Slug of a paper given with `-` or `_`, in any case.
+
+    Raises:
+        UsageError: no such paper.
+    """
+    slug = name.lower().replace("-", "_")
+    if slug not in SLUGS:
+        raise UsageError(f"unknown paper {name!r}: expected one of {', '.join(s.replace('_', '-') for s in SLUGS)}")
+    return slug
+
+
+def implemented() -> tuple[str, ...]:
+    """Slugs of the papers that this version can reproduce."""
+    return tuple(slug for slug in SLUGS if _claims_path(slug).is_file())
+
+
+def _claims_path(slug: str) -> Path:
+    return Path(repro.__file__).parents[1] / "papers" / slug / "claims.toml"
+
+
+def load_claims(name: str) -> Claims:
+    """Claims of the paper `name`.
+
+    Raises:
+        UsageError: no such paper, or one that this version cannot reproduce yet.
+        MalformedError: its claims.toml breaks a rule, named in the message.
+    """
+    path = _claims_path(slug := slug_of(name))
+    if not path.is_file():
+        raise UsageError(
+            f"paper {name!r} cannot be reproduced by this version: expected one of "
+            f"{', '.join(s.replace('_', '-') for s in implemented())}"
+        )
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise MalformedError(f"papers/{slug}/claims.toml: {error}") from error
+    claims = decode(Claims, encode(data), where=f"papers/{slug}/claims.toml")
+    if len({claim.id for claim in claims.claim}) < len(claims.claim):
+        raise MalformedError(f"papers/{slug}/claims.toml: two claims with the same id")
+    return claims
+
+
+def select_claims(claims: Claims, ids: str | None) -> tuple[Claim, ...]:
+    """Claims named in the comma-separated `ids` (any case), or all.
+
+    Raises:
+        UsageError: an id that the paper does not have.
+    """
+    if ids is None:
+        return claims.claim
+    by_id = {claim.id.lower(): claim for claim in claims.claim}
+    wanted = [part.strip().lower() for part in ids.split(",") if part.strip()]
+    unknown = [part for part in wanted if part not in by_id]
+    if unknown or not wanted:
+        known = ", ".join(claim.id for claim in claims.claim)
+        raise UsageError(f"unknown claim {', '.join(unknown) or ids!r}: expected some of {known}")
+    return tuple(claim for claim in claims.claim if claim.id.lower() in wanted)

@@ -1,0 +1,211 @@
+"""Evidence to verdicts: a pure function of the plan and the measured values, with no torch and no clock.
+
+- a claim's `passes` all hold: `replicated`; any of its `fails` holds: `not_replicated`; neither: `inconclusive`
+- a control that does not come out as foretold, too few seeds, a scale that cannot decide, or an arm that is missing,
+  incomplete or diverged: `inconclusive`, with the reason; a claim none of whose arms was in the plan: `not_tested`
+- every number is given as a decimal string of six significant digits
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from repro.config import decimal_string, decode
+from repro.experiment import Claim, Group, Quantity, Test
+from repro.stats import Paired, paired
+
+REPLICATED, NOT_REPLICATED, INCONCLUSIVE, NOT_TESTED = "replicated", "not_replicated", "inconclusive", "not_tested"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmEvidence:
+    """What one arm gave with one seed: `complete` or `diverged`, its final weights' digest, its metrics' values."""
+
+    status: str
+    weights: str
+    metrics: Mapping[str, str]
+
+
+Evidence = Mapping[tuple[str, int], ArmEvidence]
+"""Evidence by (arm id, seed)."""
+
+
+class _LacksEvidenceError(Exception):
+    """A test cannot be computed; the message says what is lacking."""
+
+
+def judge(plan: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
+    """Outcome of a plan: `{"schema", "groups": {group: chosen arm}, "verdicts": [...]}`, the same for the same input.
+
+    Args:
+        plan: the contents of plan.json.
+        evidence: by (arm id, seed); an absent key is an arm that was not run.
+    """
+    seeds = [int(seed) for seed in plan["seeds"]]
+    groups = [decode(Group, group) for group in plan["groups"]]
+    chosen = {group.id: _choose(group, seeds, evidence) for group in groups}
+    bench = _Bench(seeds=seeds, evidence=evidence, chosen=chosen)
+    in_plan = {arm["id"] for arm in plan["arms"]} | set(chosen)
+    verdicts = [_verdict(decode(Claim, claim), plan["scale"], bench, in_plan) for claim in plan["claims"]]
+    verdicts += [
+        {"claim": claim_id, "verdict": NOT_TESTED, "reason": "not asked for in this run", "tests": []}
+        for claim_id in plan["claims_left_out"]
+    ]
+    return {
+        "schema": "repro.outcome/v1",
+        "groups": {key: arm for key, arm in chosen.items() if arm},
+        "verdicts": verdicts,
+    }
+
+
+def exit_code(outcome: Mapping[str, Any]) -> int:
+    """0 where every judged claim replicated, 1 where one did not, 4 where one is inconclusive or nothing was judged."""
+    verdicts = {item["verdict"] for item in outcome["verdicts"]} - {NOT_TESTED}
+    if NOT_REPLICATED in verdicts:
+        return 1
+    return 0 if verdicts == {REPLICATED} else 4
+
+
+def same_outcome(left: Any, right: Any) -> bool:
+    """Whether two outcomes agree: all but the tests' numbers exactly, those to 1 part in 10,000.
+
+    Special functions differ in their last digits between versions of scipy; a verdict must not hang on that.
+    """
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_outcome(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(same_outcome(a, b) for a, b in zip(left, right, strict=True))
+    if left != right and isinstance(left, str) and isinstance(right, str):
+        try:
+            return math.isclose(float(left), float(right), rel_tol=1e-4)
+        except ValueError:
+            return False
+    return bool(left == right)
+
+
+def _choose(group: Group, seeds: Sequence[int], evidence: Evidence) -> str | None:
+    """Arm with the lowest mean of the tuning metric; a diverged or incomplete one is no candidate."""
+    means = {}
+    for arm in group.among:
+        results = [evidence.get((arm, seed)) for seed in seeds]
+        if all(result and result.status == "complete" and group.by in result.metrics for result in results):
+            means[arm] = math.fsum(float(result.metrics[group.by]) for result in results if result) / len(seeds)
+    return min(means, key=lambda arm: (means[arm], arm)) if means else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bench:
+    seeds: Sequence[int]
+    evidence: Evidence
+    chosen: Mapping[str, str | None]
+
+    def arm(self, name: str) -> str:
+        arm = self.chosen.get(name, name)
+        if arm is None:
+            raise _LacksEvidenceError(f"no arm of the group {name} is complete")
+        return arm
+
+    def result(self, name: str, seed: int) -> ArmEvidence:
+        arm = self.arm(name)
+        result = self.evidence.get((arm, seed))
+        if result is None:
+            raise _LacksEvidenceError(f"arm {arm} seed {seed} is missing")
+        if result.status != "complete":
+            raise _LacksEvidenceError(f"arm {arm} seed {seed} {result.status}")
+        return result
+
+    def values(self, quantity: Quantity) -> list[float]:
+        names: Iterable[str] = quantity.least_of or (quantity.metric or "",)
+        values = []
+        for seed in self.seeds:
+            metrics = self.result(quantity.arm, seed).metrics
+            lacking = [name for name in names if name not in metrics]
+            if lacking:
+                raise _LacksEvidenceError(f"arm {quantity.arm} seed {seed} has no {lacking[0]}")
+            values.append(min(float(metrics[name]) for name in names))
+        return values
+
+    def test(self, test: Test) -> tuple[bool, Paired | None]:
+        if test.relation == "identical":
+            return self._identical(test.left.arm, test.right.arm), None
+        if len(self.seeds) < 2:
+            raise _LacksEvidenceError("a paired test needs at least 2 seeds")
+        difference = paired(self.values(test.left), self.values(test.right))
+        bound = test.margin + test.sigmas * difference.sd
+        holds = {
+            ">": difference.mean > bound,
+            "<": difference.mean < -bound,
+            "<=": difference.mean <= bound,
+            ">=": difference.mean >= -bound,
+        }[test.relation]
+        return holds and (test.alpha is None or difference.p < test.alpha), difference
+
+    def _identical(self, left: str, right: str) -> bool:
+        for seed in self.seeds:
+            a, b = self.result(left, seed), self.result(right, seed)
+            common = set(a.metrics) & set(b.metrics)
+            if a.weights != b.weights or not common or any(a.metrics[name] != b.metrics[name] for name in common):
+                return False
+        return True
+
+
+def _verdict(claim: Claim, scale: str, bench: _Bench, in_plan: set[str]) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"claim": claim.id, "scale": scale, "seeds": len(bench.seeds)}
+    if not claim.arms & in_plan:
+        return verdict | {"verdict": NOT_TESTED, "reason": "none of its arms is in the plan", "tests": []}
+    tests: list[dict[str, Any]] = []
+    holds: dict[str, list[bool]] = {"pass": [], "fail": [], "control": []}
+    lacking: list[str] = []
+    for role, group in (("pass", claim.passes), ("fail", claim.fails), ("control", claim.controls)):
+        for test in group:
+            try:
+                result, difference = bench.test(test)
+            except _LacksEvidenceError as error:
+                lacking.append(str(error))
+                tests.append({"role": role, "test": str(test), "result": "not_computed", "reason": str(error)})
+                continue
+            # `expect` is part of the test's text: a negative control comes out as foretold where its test fails
+            result = result if test.expect == "holds" else not result
+            holds[role].append(result)
+            tests.append(
+                {"role": role, "test": str(test), "result": "holds" if result else "fails", **_numbers(difference)}
+            )
+    return verdict | {**_decide(claim, scale, bench, holds, lacking), "tests": tests}
+
+
+def _decide(
+    claim: Claim, scale: str, bench: _Bench, holds: Mapping[str, list[bool]], lacking: Sequence[str]
+) -> dict[str, str]:
+    if scale not in claim.scales:
+        return {"verdict": INCONCLUSIVE, "reason": f"the scale {scale} cannot decide this claim"}
+    if len(bench.seeds) < claim.min_seeds:
+        return {"verdict": INCONCLUSIVE, "reason": f"{len(bench.seeds)} seeds, at least {claim.min_seeds} are needed"}
+    if lacking:
+        return {"verdict": INCONCLUSIVE, "reason": lacking[0]}
+    if not all(holds["control"]):
+        return {"verdict": INCONCLUSIVE, "reason": "a control did not come out as foretold"}
+    if all(holds["pass"]) and any(holds["fail"]):
+        return {"verdict": INCONCLUSIVE, "reason": "the pass and the fail criterion both hold"}
+    if all(holds["pass"]):
+        return {"verdict": REPLICATED, "reason": "every pass criterion holds"}
+    if any(holds["fail"]):
+        return {"verdict": NOT_REPLICATED, "reason": "a fail criterion holds"}
+    return {"verdict": INCONCLUSIVE, "reason": "neither the pass nor the fail criterion holds"}
+
+
+def _numbers(difference: Paired | None) -> dict[str, Any]:
+    if difference is None:
+        return {}
+    return {
+        "effect": _six(difference.mean),
+        "interval": [_six(difference.low), _six(difference.high)],
+        "sd": _six(difference.sd),
+        "p": _six(difference.p),
+        "d_z": _six(difference.d_z) if math.isfinite(difference.d_z) else "infinite",
+        "n": difference.n,
+    }
+
+
+def _six(value: float) -> str:
+    return decimal_string(float(f"{value:.5e}"))

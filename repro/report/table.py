@@ -1,0 +1,47 @@
+"""The README's table of published replications: claim, verdict, scale, evidence."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from records.errors import MalformedError
+
+BEGIN, END = "<!-- replications: begin -->", "<!-- replications: end -->"
+
+
+def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """The table's Markdown from (path of the bundle, its plan, its outcome) in the order given."""
+    lines = ["| paper | claim | verdict | scale | effect (95% interval) | evidence |", "|---|---|---|---|---|---|"]
+    for path, plan, outcome in published:
+        titles = {claim["id"]: claim["title"] for claim in plan["claims"]}
+        slug = plan["paper"]["slug"].replace("_", "-")
+        for verdict in outcome["verdicts"]:
+            if verdict["claim"] not in titles:
+                continue
+            first = next((t for t in verdict["tests"] if t["role"] == "pass" and "effect" in t), None)
+            effect = ""
+            if first:
+                numbers = (first["effect"], *first["interval"])
+                effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(first["test"]))
+            lines.append(
+                f"| {slug} | {verdict['claim']} {titles[verdict['claim']]} | **{verdict['verdict'].replace('_', ' ')}** "
+                f"| {plan['scale']}, {len(plan['seeds'])} seeds | {effect} | [{path.name}]({path}) |"
+            )
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def replace_table(readme: str, table: str) -> str:
+    """`readme` with `table` between the two marks.
+
+    Raises:
+        MalformedError: the marks are not there, in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise MalformedError(f"README: expected the marks {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"

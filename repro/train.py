@@ -1,0 +1,319 @@
+"""The one training loop: deterministic, traced, resumable.
+
+- `TrainConfig`, `Segment`: everything that a piece of training depends on, as data
+- `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss)
+- `learning_rate`: warm-up, then constant, WSD or cosine
+- `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
+  the measured times beside it, and the final weights
+
+A checkpoint is written to a temporary name, synced and renamed, and says how many lines of the trace it stands on: after a
+kill at any moment the next start cuts the trace there and computes the same lines, and weights, again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from records.errors import InvalidError, UsageError
+from repro.config import decimal_string
+from repro.data.batches import Batches
+from repro.model import ModelConfig, ModelOutput, Transformer
+from repro.moe import RoutingRule, balance_loss
+from repro.trace import TraceWriter, check_chain
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, tokens done) of the segment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How a segment is trained. `batch` windows of `context` tokens a step; `lr` is the peak learning rate.
+
+    `warmup` steps rise linearly from 0; `wsd` then holds the peak and falls linearly to `final_lr` × peak over the last
+    `decay` share of the steps, `cosine` falls along a half cosine from the end of the warm-up, `constant` stays.
+    `clip` bounds the gradient's norm (0: no bound); `balance` weighs the load-balance loss, averaged over layers.
+    """
+
+    steps: int
+    batch: int
+    context: int
+    lr: float
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup: int = 0
+    decay: float = 0.2
+    final_lr: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    balance: float = 0.01
+    trace_every: int = 10
+    hash_every: int = 200
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "context", "trace_every", "hash_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 <= self.warmup <= self.steps or not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"expected warmup within {self.steps} steps and decay in [0, 1], found {self.warmup}, {self.decay}"
+            )
+        if self.hash_every % self.trace_every or self.checkpoint_every % self.trace_every:
+            raise ValueError("hash_every and checkpoint_every must be multiples of trace_every")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected 2 numbers, found {len(self.betas)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A piece of training: model, corpus, training and the paper's mechanism (data for its `mechanism` function).
+
+    `inherit` says what comes from the segment before: `nothing`, `weights`, or `all` (weights and optimizer state).
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    corpus: str
+    mechanism: Mapping[str, Any] = field(default_factory=dict)
+    inherit: Literal["nothing", "weights", "all"] = "nothing"
+
+
+class Mechanism:
+    """What a paper adds to training; this one adds nothing: top-k as the model's config says."""
+
+    def rule(self, step: int, seed: int) -> RoutingRule | None:
+        """Routing rule of this step's forward pass; None for the model's own top-k."""
+        return None
+
+    def loss(self, output: ModelOutput) -> Tensor | None:
+        """A scalar to be added to the loss, in nats/token; None for nothing."""
+        return None
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of `step` (from 0)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    floor = config.lr * config.final_lr
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return floor + (config.lr - floor) * (1 + math.cos(math.pi * done)) / 2
+    decay_steps = round(config.decay * config.steps)
+    left = config.steps - step
+    return config.lr if left >= decay_steps else floor + (config.lr - floor) * left / decay_steps
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over every parameter and buffer: name, dtype, shape and little-endian bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, as is the custom: gains and biases are left alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def train_segment(
+    segment: Segment,
+    *,
+    batches: Batches,
+    mechanism: Mechanism,
+    seed: int,
+    folder: Path,
+    genesis: str,
+    device: str = "cpu",
+    parent: Path | None = None,
+    progress: Progress | None = None,
+) -> Transformer:
+    """Trains `segment` in `folder`, from its last checkpoint if there is one, and returns the trained model.
+
+    Writes trace.jsonl, timing.jsonl and final.safetensors. A loss or gradient norm that is not finite ends the segment
+    as diverged: the trace's last entry says so, and nothing is measured on it.
+
+    Raises:
+        InvalidError: what the folder holds does not belong to this segment.
+        UsageError: the folder cannot be written.
+    """
+    config = segment.train
+    model = Transformer(segment.model).to(device)
+    model.init_weights(seed)
+    optimizer = make_optimizer(model, config)
+    start, lines = 0, 0
+    checkpoint = folder / "checkpoint.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            start, lines = _load(checkpoint, model, optimizer, genesis=genesis)
+        elif segment.inherit != "nothing":
+            if parent is None:
+                raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")
+            _load(parent / "final.safetensors", model, optimizer if segment.inherit == "all" else None, genesis=None)
+        trace = TraceWriter(folder / "trace.jsonl", genesis, keep=lines)
+        with (folder / "timing.jsonl").open("a" if start else "w") as timing:
+            reached = _steps(
+                segment, model, optimizer, batches, mechanism, seed, start, trace, timing, checkpoint, genesis, progress
+            )
+        outcome = "end" if reached == config.steps else "diverged"
+        trace.append({"type": outcome, "steps": reached, "weights": weights_digest(model)})
+        trace.close()
+        _save(folder / "final.safetensors", model, optimizer, step=reached, lines=trace.count, genesis=genesis)
+        checkpoint.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {error.filename or folder}: {error.strerror}; free space or choose another --out"
+        ) from error
+    return model
+
+
+def _steps(
+    segment: Segment,
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    batches: Batches,
+    mechanism: Mechanism,
+    seed: int,
+    start: int,
+    trace: TraceWriter,
+    timing: Any,
+    checkpoint: Path,
+    genesis: str,
+    progress: Progress | None,
+) -> int:
+    """Steps from `start` to the end, or to where a loss or norm is no longer finite; returns the steps done."""
+    config = segment.train
+    device = next(model.parameters()).device
+    tokens_a_step = config.batch * config.context
+    losses: list[Tensor] = []
+    clock = time.perf_counter()
+    model.train()
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        tokens_BS, targets_BS = (part.to(device, non_blocking=True) for part in batches.at(step))
+        output = model(tokens_BS, rule=mechanism.rule(step, seed))
+        loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
+        losses.append(loss.detach())
+        if config.balance and output.routers:
+            loss = loss + config.balance * torch.stack([balance_loss(router) for router in output.routers]).mean()
+        extra = mechanism.loss(output)
+        if extra is not None:
+            loss = loss + extra
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
+        optimizer.step()
+
+        done = step + 1
+        if done % config.trace_every and done < config.steps:
+            continue
+        # one transfer a group of steps: the loop is otherwise free of synchronisation with the device
+        mean, grad_norm = (float(value) for value in (torch.stack(losses).double().mean(), norm))
+        losses.clear()
+        if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+            return done - 1
+        entry: dict[str, Any] = {
+            "type": "step",
+            "step": done,
+            "tokens": done * tokens_a_step,
+            "loss": decimal_string(mean),
+            "grad_norm": decimal_string(grad_norm),
+        }
+        if done % config.hash_every == 0 and done < config.steps:
+            entry["weights"] = weights_digest(model)
+        trace.append(entry)
+        now = time.perf_counter()
+        timing.write(json.dumps({"step": done, "seconds": round(now - clock, 6)}) + "\n")
+        clock = now
+        if done % config.checkpoint_every == 0 and done < config.steps:
+            trace.sync()
+            timing.flush()
+            _save(checkpoint, model, optimizer, step=done, lines=trace.count, genesis=genesis)
+        if progress:
+            progress(done, done * tokens_a_step)
+    return config.steps
+
+
+def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step: int, lines: int, genesis: str) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= _optimizer_tensors(model, optimizer)
+    temporary = path.with_suffix(".tmp")
+    metadata = {"step": str(step), "lines": str(lines), "genesis": genesis}
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _load(
+    path: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str | None
+) -> tuple[int, int]:
+    """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on)."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InvalidError(
+            f"{path}: expected a safetensors checkpoint, found {error}; delete it to start the segment again"
+        ) from error
+    if genesis is not None and metadata.get("genesis") != genesis:
+        raise InvalidError(f"{path}: the checkpoint belongs to another plan or segment; choose another --out")
+    model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    )
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            state = {
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{key}.{name}" in tensors
+            }
+            if state:
+                optimizer.state[parameter] = state
+    return int(metadata["step"]), int(metadata["lines"])
+
+
+def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "cpu") -> tuple[Transformer, str]:
+    """Trained model of a finished segment and the trace's last chain value.
+
+    Raises:
+        InvalidError: the folder's trace or weights are not those of this segment.
+    """
+    entries, head = check_chain((folder / "trace.jsonl").read_bytes(), genesis, name=str(folder / "trace.jsonl"))
+    model = Transformer(segment.model)
+    _load(folder / "final.safetensors", model, None, genesis=genesis)
+    if not entries or entries[-1].get("weights") != weights_digest(model):
+        raise InvalidError(f"{folder / 'final.safetensors'}: the weights are not those that the trace ends with")
+    return model.to(device), head

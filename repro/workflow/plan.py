@@ -1,0 +1,289 @@
+"""The plan: everything that decides a run, as one canonical JSON whose digest is in all that follows.
+
+- `make_plan`: paper, scale, seeds and claims to a plan; reads the corpora to digest them, trains nothing
+- `parse_plan`: foreign bytes to a plan, its form checked
+- `estimate`: tokens, FLOPs, time and memory that the plan will take
+"""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from records import canonical
+from records.errors import MalformedError, UsageError
+from repro.config import decode, encode
+from repro.data import corpus
+from repro.environment import NumericEnvironment, code_state, numeric_environment
+from repro.experiment import (
+    SCALES,
+    Arm,
+    Claim,
+    Design,
+    Deviation,
+    Figure,
+    Group,
+    PaperInfo,
+    load_claims,
+    segment_digest,
+    select_claims,
+    slug_of,
+)
+
+PLAN_SCHEMA = "repro.plan/v1"
+_ARM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TRAIN_COUNTS = ("steps", "batch", "context", "trace_every", "hash_every")
+
+# How far a traced loss (nats/token) may lie from this run's where the NumericEnvironment differs, so that weights
+# cannot be bitwise equal: four times the largest seed-to-seed sd seen at nano, where another seed differs in all.
+LOSS_TOLERANCE = 0.08
+
+
+class PaperModule(Protocol):
+    """What a paper's package offers beside its claims.toml."""
+
+    def design(self, scale: str) -> Design:
+        """Arms, groups and figures at `scale`."""
+
+    def mechanism(self, config: Mapping[str, Any]) -> Any:
+        """The `repro.train.Mechanism` that a segment's mechanism data describe."""
+
+    def measure(self, model: Any, config: Mapping[str, Any], held_out: corpus.Bytes) -> Iterator[tuple[str, float]]:
+        """Metrics of a trained model, by name."""
+
+
+def paper_module(slug: str) -> PaperModule:
+    """The package papers.`slug`."""
+    module: PaperModule = importlib.import_module(f"papers.{slug}")
+    return module
+
+
+def make_plan(
+    paper: str, *, scale: str, seeds: int | None = None, claims: str | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """The plan, as the contents of plan.json.
+
+    Args:
+        paper: slug, with - or _.
+        scale: smoke, nano, small, base or paper.
+        seeds: number of seeds, 0 to seeds − 1; by default the paper's own for the scale.
+        claims: comma-separated ids; by default all. Only the arms that they need are run.
+        device: cpu or cuda.
+
+    Raises:
+        UsageError: unknown paper, scale, claim or device, a bad number of seeds, or a missing extra.
+    """
+    info = load_claims(paper)
+    slug = slug_of(paper)
+    if scale not in SCALES:
+        raise UsageError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
+    if seeds is not None and seeds < 1:
+        raise UsageError(f"seeds: expected at least 1, found {seeds}")
+    selected = select_claims(info, claims)
+    environment = numeric_environment(device)
+    design = paper_module(slug).design(scale)
+    arms, groups, figures = _needed(design, selected, everything=claims is None)
+    corpora = sorted({segment.corpus for arm in arms for segment in arm.segments})
+    code = code_state()
+    plan: dict[str, Any] = encode(
+        {
+            "schema": PLAN_SCHEMA,
+            "paper": info.paper,
+            "scale": scale,
+            "seeds": list(range(seeds or design.seeds)),
+            "claims": selected,
+            "claims_left_out": [claim.id for claim in info.claim if claim not in selected],
+            "arms": arms,
+            "groups": groups,
+            "figures": figures,
+            "deviations": info.deviation,
+            "corpora": {name: corpus.load(name).digest for name in corpora},
+            "code": {"sha256": code["sha256"], "version": code["version"]},
+            "environment": environment,
+            "tolerance": {"loss": LOSS_TOLERANCE},
+        }
+    )
+    return plan
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """SHA-256 of the plan's canonical JSON, which is also that of the file plan.json."""
+    return canonical.digest(plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ArmRecord:
+    id: str
+    label: str
+    segments: tuple[Mapping[str, Any], ...]
+    measure: Mapping[str, Any]
+    measure_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlanRecord:
+    """The form of plan.json: what `parse_plan` holds a foreign plan against."""
+
+    schema: str
+    paper: PaperInfo
+    scale: str
+    seeds: tuple[int, ...]
+    claims: tuple[Claim, ...]
+    claims_left_out: tuple[str, ...]
+    arms: tuple[_ArmRecord, ...]
+    groups: tuple[Group, ...]
+    figures: tuple[Figure, ...]
+    deviations: tuple[Deviation, ...]
+    corpora: Mapping[str, Any]
+    code: Mapping[str, Any]
+    environment: NumericEnvironment
+    tolerance: Mapping[str, Any]
+
+
+def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
+    """The plan in `data`, with its form checked as far as anything here relies on it.
+
+    Raises:
+        MalformedError: not canonical JSON, another version, or a field that is missing or of another type.
+    """
+    plan = canonical.loads(data)
+    if not isinstance(plan, dict) or plan.get("schema") != PLAN_SCHEMA:
+        found = plan.get("schema") if isinstance(plan, dict) else type(plan).__name__
+        raise MalformedError(f"{name}: expected a plan of the form {PLAN_SCHEMA}, found {str(found)[:60]!a}")
+    if canonical.dumps(plan) != data:
+        raise MalformedError(f"{name}: expected canonical JSON; a plan is never written by hand")
+    record = decode(_PlanRecord, plan, where=name)
+    if len(set(record.seeds)) < len(record.seeds) or not record.seeds:
+        raise MalformedError(f"{name}: expected at least one seed and none twice, found {list(record.seeds)}")
+    for arm in record.arms:
+        if not _ARM_ID.fullmatch(arm.id):
+            raise MalformedError(
+                f"{name}: expected arm ids of letters, digits, '.', '_' and '-', found {arm.id[:60]!a}"
+            )
+        if not arm.segments:
+            raise MalformedError(f"{name}: arm {arm.id} has no segments")
+        for segment in arm.segments:
+            train = segment.get("train")
+            counts = [train.get(field) for field in _TRAIN_COUNTS] if isinstance(train, dict) else [None]
+            if not all(type(count) is int and count > 0 for count in counts):
+                raise MalformedError(
+                    f"{name}: arm {arm.id}: expected {', '.join(_TRAIN_COUNTS)} under train, all positive"
+                )
+            if not isinstance(record.corpora.get(segment.get("corpus", "")), str):
+                raise MalformedError(f"{name}: arm {arm.id}: expected a corpus that the plan gives a digest of")
+    if not isinstance(record.code.get("sha256"), str):
+        raise MalformedError(f"{name}: expected the code's digest under code.sha256")
+    return plan
+
+
+def _needed(
+    design: Design, claims: tuple[Claim, ...], *, everything: bool
+) -> tuple[tuple[Arm, ...], tuple[Group, ...], tuple[Figure, ...]]:
+    if everything:
+        return design.arms, design.groups, design.figures
+    wanted = {name for claim in claims for name in claim.arms}
+    groups = tuple(group for group in design.groups if group.id in wanted)
+    names = wanted | {arm for group in groups for arm in group.among}
+    arms = tuple(arm for arm in design.arms if arm.id in names)
+    figures = tuple(f for f in design.figures if all(curve.arm in names for curve in f.curves))
+    return arms, groups, figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentJob:
+    """One segment to train with one seed: its digest, its config as data, and the digest of the segment before it."""
+
+    digest: str
+    config: Mapping[str, Any]
+    seed: int
+    parent: str | None
+
+    @property
+    def folder(self) -> str:
+        """Folder within the run directory."""
+        return f"segments/{self.digest[:16]}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the segment trains on."""
+        train = self.config["train"]
+        return int(train["steps"] * train["batch"] * train["context"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmJob:
+    """One arm with one seed: the segments it trains, in order, and the file of its measures."""
+
+    arm: str
+    seed: int
+    measure: Mapping[str, Any]
+    segments: tuple[SegmentJob, ...]
+
+    @property
+    def file(self) -> str:
+        """File of the measures within the run directory."""
+        return f"arms/{self.arm}/seed-{self.seed}.jsonl"
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is measured, from which the chain of its measures starts."""
+        return canonical.digest({"arm": self.arm, "seed": self.seed, "measure": dict(self.measure)})
+
+
+def jobs(plan: Mapping[str, Any]) -> list[ArmJob]:
+    """Arms by seed: all of seed 0 first. Segments with the same digest are the same work."""
+    found = []
+    for seed in plan["seeds"]:
+        for arm in plan["arms"]:
+            parent, segments = None, []
+            for config in arm["segments"]:
+                digest = segment_digest(
+                    config, seed=seed, corpus_sha256=plan["corpora"][config["corpus"]], parent=parent
+                )
+                segments.append(SegmentJob(digest=digest, config=config, seed=seed, parent=parent))
+                parent = digest
+            found.append(ArmJob(arm=arm["id"], seed=seed, measure=arm["measure"], segments=tuple(segments)))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a plan will take: tokens trained (each shared segment once) and if the arms ran alone, floating-point
+    operations, seconds with `workers` processes, and bytes of memory for all of them."""
+
+    tokens: int
+    tokens_alone: int
+    flops: float
+    seconds: float
+    memory: int
+    workers: int
+
+
+def estimate(plan: Mapping[str, Any], *, workers: int) -> Estimate:
+    """Cost of a plan from the model's FLOP accounting and a rate measured on the scale's hardware."""
+    from repro.cost import measure_seconds, peak_memory, step_seconds
+    from repro.model import ModelConfig, accounting
+
+    arms = jobs(plan)
+    unique = {segment.digest: segment for arm in arms for segment in arm.segments}
+    measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
+    device = plan["environment"]["device"]
+    seconds, flops, memory = 0.0, 0.0, 0
+    for segment in unique.values():
+        model = decode(ModelConfig, segment.config["model"])
+        train = segment.config["train"]
+        flops += accounting(model).flops_training * segment.tokens
+        seconds += step_seconds(model, train["batch"] * train["context"], device) * train["steps"]
+        memory = max(memory, peak_memory(model, train["batch"] * train["context"], device))
+    for arm in arms:
+        model = decode(ModelConfig, arm.segments[-1].config["model"])
+        seconds += measure_seconds(model, measure_tokens[arm.arm], device)
+    return Estimate(
+        tokens=sum(segment.tokens for segment in unique.values()),
+        tokens_alone=sum(segment.tokens for arm in arms for segment in arm.segments),
+        flops=flops,
+        seconds=seconds / workers,
+        memory=memory * workers,
+        workers=workers,
+    )

@@ -1,0 +1,105 @@
+"""The child process of a run: trains one segment or measures one arm, with one thread, and reports through a pipe."""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from records.errors import ReproError, UsageError
+from repro.config import decimal_string, decode
+from repro.data import corpus
+from repro.data.batches import Batches
+from repro.environment import set_deterministic
+from repro.trace import TraceWriter, check_chain, genesis
+from repro.train import Segment, load_final, train_segment
+from repro.workflow.plan import ArmJob, jobs, paper_module, plan_digest
+
+_PROGRESS_SECONDS = 0.2
+
+
+def main(plan: Mapping[str, Any], folder: str, arm: str, seed: int, segment: str | None, pipe: Connection) -> None:
+    """Entry of the process: `segment` is the digest of the one to train, None to measure the arm."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this process
+    try:
+        set_deterministic()
+        job = next(job for job in jobs(plan) if job.arm == arm and job.seed == seed)
+        if segment is None:
+            _measure(plan, Path(folder), job)
+        else:
+            _train(plan, Path(folder), job, segment, pipe)
+        pipe.send(("done",))
+    except ReproError as error:
+        pipe.send(("error", type(error), str(error)))
+    except BrokenPipeError:
+        os._exit(1)  # the parent is gone: nobody waits for this result
+    except OSError as error:
+        pipe.send(("error", UsageError, f"{error.strerror}: {error.filename}; mend it and go on with --resume"))
+    except MemoryError:
+        pipe.send(("error", ReproError, "out of memory; go on with --resume and fewer --workers"))
+    except Exception as error:  # a bug: the parent says so in one line, as the CLI does for its own
+        if os.environ.get("REPRO_DEBUG"):
+            raise
+        pipe.send(("error", ReproError, f"internal error: {type(error).__name__}: {error}; please report it"))
+    finally:
+        sys.stdout.flush()
+        pipe.close()
+
+
+def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection) -> None:
+    work = next(item for item in job.segments if item.digest == digest)
+    segment = decode(Segment, work.config)
+    text = corpus.load(segment.corpus)
+    sent = 0.0
+
+    def progress(steps: int, tokens: int) -> None:
+        nonlocal sent
+        if time.monotonic() - sent > _PROGRESS_SECONDS:
+            sent = time.monotonic()
+            pipe.send(("progress", tokens))
+
+    parent = next((item for item in job.segments if item.digest == work.parent), None)
+    train_segment(
+        segment,
+        batches=Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=job.seed),
+        mechanism=paper_module(plan["paper"]["slug"]).mechanism(segment.mechanism),
+        seed=job.seed,
+        folder=folder / work.folder,
+        genesis=genesis(plan_digest(plan), work.digest),
+        device=_torch_device(plan),
+        parent=folder / parent.folder if parent else None,
+        progress=progress,
+    )
+
+
+def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
+    work = job.segments[-1]
+    segment = decode(Segment, work.config)
+    start = genesis(plan_digest(plan), work.digest)
+    trace_path = folder / work.folder / "trace.jsonl"
+    entries, _ = check_chain(trace_path.read_bytes(), start, name=str(trace_path))
+    if entries and entries[-1].get("type") == "diverged":
+        return  # nothing to measure: the segment's own trace says that the arm diverged
+    model, head = load_final(segment, folder / work.folder, genesis=start, device=_torch_device(plan))
+    path = folder / job.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    trace = TraceWriter(temporary, genesis(head, job.digest))
+    text = corpus.load(segment.corpus)
+    for name, value in paper_module(plan["paper"]["slug"]).measure(model, job.measure, text.held_out):
+        if not math.isfinite(value):
+            trace.append({"type": "diverged", "name": name})
+            break
+        trace.append({"type": "metric", "name": name, "value": decimal_string(value)})
+    else:
+        trace.append({"type": "end", "metrics": trace.count})
+    trace.close()
+    temporary.replace(path)
+
+
+def _torch_device(plan: Mapping[str, Any]) -> str:
+    return "cpu" if plan["environment"]["device"] == "cpu" else "cuda"
