@@ -169,6 +169,11 @@ def pinned() -> KeySet:
     return KeySet(keys=tuple(parse_public_key(item, source="pinned") for item in value["keys"]))
 
 
+def pinned_at() -> str:
+    """The date (YYYY-MM-DD) on which the package's keys were pinned."""
+    return str(canonical.loads(PINNED_FILE.read_bytes())["pinned_at"])
+
+
 def trusted_keys(path: Path | None = None) -> KeySet:
     """The pinned keys, and before them those of the JSON file at `path` (`--trusted-keys`)."""
     if path is None:

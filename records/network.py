@@ -6,7 +6,6 @@
 - Connection faults, timeouts, 429 and 5xx are tried again, with waits that double; other answers are final.
 """
 
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,6 +78,8 @@ class Client:
         check_url(url)
         if self.offline:
             raise NetworkError(f"--offline: {urlsplit(url).hostname} was not asked; leave --offline out to ask it")
+        import random
+
         until = self.clock() + self.deadline
         wait, last = self.backoff, "no try was made"
         for number in range(self.tries):

@@ -91,7 +91,7 @@ def arxiv_key(identifier: str) -> str:
 
 
 def derived_aliases(record: object, digest: str | None) -> dict[str, str]:
-    """What each kind of alias has to be, from the record's source and canonical hash (hex), as far as they are there."""
+    """What each kind of alias has to be, from the record's source and canonical hash (hex), where they are there."""
     aliases: dict[str, str] = {}
     source = record.get("source") if isinstance(record, dict) else None
     if isinstance(source, dict) and isinstance(source.get("id"), str):

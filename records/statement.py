@@ -115,7 +115,13 @@ def verify_envelope(
         reason = "the envelope carries no signature: the content can be checked, its author cannot"
         return [_check("envelope_signature", "skip", reason), _check("key_trust", "skip", "nothing is signed")], Trust()
     own = {key.key_id: key for key in document_keys}
-    checks: list[Check] = []
+    # The key id is a hint that no signature covers: changed, it would turn a bad signature into one that cannot be
+    # checked.
+    checks = [
+        _check("envelope_signature", "fail", f"the key {key_id} came along, and no signature is under its id")
+        for key_id in own
+        if all(key_id != signer for signer, _ in envelope.signatures)
+    ]
     trust = Trust(key_id=envelope.signatures[0][0] if _printable(envelope.signatures[0][0]) else None)
     for key_id, signature in envelope.signatures:
         key = trusted.find(key_id) or own.get(key_id)

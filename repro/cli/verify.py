@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 
 # Imports lie inside the functions: verifying a record of the package takes about as long as Python takes to start.
 
-_LEGEND = """TARGET is a Pith number (full, or its first 8, 12 or 16 characters), arxiv:ID[vN], doi:10.48550/arxiv.ID, a JSON file
-of Pith's (record, bundle, state, graph, key, mirror manifest), a replication bundle (zip or folder), https://… or - (stdin)."""
+_LEGEND = """TARGET is one of
+  a Pith number (full, or its first 8, 12 or 16 characters), arxiv:ID[vN], doi:10.48550/arxiv.ID
+  a JSON file of Pith's (record, bundle, state, graph, key, mirror manifest), or - for standard input
+  a replication bundle (zip or folder)
+  https://…"""
 _COLOURS = {"trusted": "32", "valid": "32", "invalid": "31", "malformed": "31", "indeterminate": "33",
             "pass": "32", "fail": "31", "skip": "2"}  # fmt: skip
 #: What a state says in words.
