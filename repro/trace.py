@@ -30,7 +30,7 @@ def link(previous: str, entry: Mapping[str, Any]) -> str:
 
 
 class TraceWriter:
-    """Appends entries to a trace file; `head` is the chain value of the last line, `count` the number of lines."""
+    """Appends entries to a trace file, which it closes at the end of a `with` block; `head` is the chain value of the last line, `count` the number of lines."""
 
     def __init__(self, path: Path, start: str, *, keep: int = 0) -> None:
         """Opens `path`, keeping its first `keep` lines (those before a checkpoint) and cutting off the rest.
@@ -59,8 +59,10 @@ class TraceWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        self.sync()
+    def __enter__(self) -> "TraceWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

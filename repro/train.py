@@ -29,7 +29,7 @@ from records.errors import InvalidError, UsageError
 from repro.config import decimal_string
 from repro.data.batches import Batches
 from repro.model import ModelConfig, ModelOutput, Transformer
-from repro.moe import RoutingRule, balance_loss
+from repro.moe import NonFiniteError, RoutingRule, balance_loss
 from repro.trace import TraceWriter, check_chain
 
 Progress = Callable[[int, int], None]
@@ -172,14 +172,17 @@ def train_segment(
             if parent is None:
                 raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")
             _load(parent / "final.safetensors", model, optimizer if segment.inherit == "all" else None, genesis=None)
-        trace = TraceWriter(folder / "trace.jsonl", genesis, keep=lines)
-        with (folder / "timing.jsonl").open("a" if start else "w") as timing:
+        timing_mode = "a" if start else "w"
+        with (
+            TraceWriter(folder / "trace.jsonl", genesis, keep=lines) as trace,
+            (folder / "timing.jsonl").open(timing_mode) as timing,
+        ):
             reached = _steps(
                 segment, model, optimizer, batches, mechanism, seed, start, trace, timing, checkpoint, genesis, progress
             )
-        outcome = "end" if reached == config.steps else "diverged"
-        trace.append({"type": outcome, "steps": reached, "weights": weights_digest(model)})
-        trace.close()
+            outcome = "end" if reached == config.steps else "diverged"
+            trace.append({"type": outcome, "steps": reached, "weights": weights_digest(model)})
+            trace.sync()
         _save(folder / "final.safetensors", model, optimizer, step=reached, lines=trace.count, genesis=genesis)
         checkpoint.unlink(missing_ok=True)
     except OSError as error:
@@ -214,7 +217,10 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         tokens_BS, targets_BS = (part.to(device, non_blocking=True) for part in batches.at(step))
-        output = model(tokens_BS, rule=mechanism.rule(step, seed))
+        try:
+            output = model(tokens_BS, rule=mechanism.rule(step, seed))
+        except NonFiniteError:
+            return step
         loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
         losses.append(loss.detach())
         if config.balance and output.routers:
@@ -269,7 +275,8 @@ def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= _optimizer_tensors(model, optimizer)
     temporary = path.with_suffix(".tmp")
-    metadata = {"step": str(step), "lines": str(lines), "genesis": genesis}
+    # one entry: safetensors writes several in an order that changes from process to process
+    metadata = {"repro": json.dumps({"genesis": genesis, "lines": lines, "step": step})}
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
@@ -282,9 +289,9 @@ def _load(
     """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on)."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("repro", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise InvalidError(
             f"{path}: expected a safetensors checkpoint, found {error}; delete it to start the segment again"
         ) from error
@@ -302,7 +309,7 @@ def _load(
             }
             if state:
                 optimizer.state[parameter] = state
-    return int(metadata["step"]), int(metadata["lines"])
+    return metadata["step"], metadata["lines"]
 
 
 def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "cpu") -> tuple[Transformer, str]:

@@ -88,16 +88,16 @@ def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
     path = folder / job.file
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    trace = TraceWriter(temporary, genesis(head, job.digest))
-    text = corpus.load(segment.corpus)
-    for name, value in paper_module(plan["paper"]["slug"]).measure(model, job.measure, text.held_out):
-        if not math.isfinite(value):
-            trace.append({"type": "diverged", "name": name})
-            break
-        trace.append({"type": "metric", "name": name, "value": decimal_string(value)})
-    else:
-        trace.append({"type": "end", "metrics": trace.count})
-    trace.close()
+    held_out = corpus.load(segment.corpus).held_out
+    with TraceWriter(temporary, genesis(head, job.digest)) as trace:
+        for name, value in paper_module(plan["paper"]["slug"]).measure(model, job.measure, held_out):
+            if not math.isfinite(value):
+                trace.append({"type": "diverged", "name": name})
+                break
+            trace.append({"type": "metric", "name": name, "value": decimal_string(value)})
+        else:
+            trace.append({"type": "end", "metrics": trace.count})
+        trace.sync()
     temporary.replace(path)
 
 

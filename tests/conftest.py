@@ -1,0 +1,50 @@
+"""Fixtures that several tests share: one real run at the smoke scale, its bundle, and a key."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from records import keys
+
+ROOT = Path(__file__).parents[1]
+
+
+def repro(*words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, stdin: bytes | None = None):
+    """Runs the command line as a user does; returns the completed process with bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "repro", *map(str, words)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+        input=stdin,
+        capture_output=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of EMoE at the smoke scale, made by the command line."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    done = repro("run", "emoe", "--scale", "smoke", "--out", folder)
+    assert done.returncode == 4, done.stderr.decode()  # inconclusive by construction
+    return folder
+
+
+@pytest.fixture(scope="session")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh private key; its public half lies beside it."""
+    path = tmp_path_factory.mktemp("keys") / "test.key"
+    keys.save(keys.generate(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smoke_bundle(smoke_run: Path, key_file: Path) -> Path:
+    """Signed bundle of the smoke run."""
+    path = smoke_run.with_name("smoke.repro.zip")
+    done = repro("bundle", smoke_run, "-o", path, "--key", key_file)
+    assert done.returncode == 0, done.stderr.decode()
+    return path

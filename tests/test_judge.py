@@ -1,0 +1,219 @@
+"""Verdicts: each of the four reached for its own reason, and never a pass for want of evidence."""
+
+import pytest
+
+from repro.config import encode
+from repro.experiment import Claim, Group, Quantity, Test
+from repro.judge import ArmEvidence, exit_code, judge, same_outcome
+
+SEEDS = (0, 1, 2)
+
+
+def quantity(arm, metric="loss"):
+    return Quantity(arm=arm, metric=metric)
+
+
+def claim(**changes):
+    settings = {
+        "id": "X1",
+        "title": "a is above b",
+        "statement": "…",
+        "source": "…",
+        "metric": "loss",
+        "scales": ("nano",),
+        "min_seeds": 3,
+        "passes": (Test(left=quantity("a"), right=quantity("b"), relation=">", sigmas=2, alpha=0.05),),
+        "fails": (Test(left=quantity("a"), right=quantity("b"), relation="<="),),
+        "controls": (Test(left=quantity("c"), right=quantity("b"), relation="identical"),),
+    }
+    return Claim(**(settings | changes))
+
+
+def plan(*claims, arms=("a", "b", "c"), scale="nano", seeds=SEEDS, groups=(), left_out=()):
+    return encode(
+        {
+            "claims": claims or (claim(),),
+            "claims_left_out": left_out,
+            "arms": [{"id": arm} for arm in arms],
+            "groups": groups,
+            "seeds": seeds,
+            "scale": scale,
+        }
+    )
+
+
+def evidence(status="complete", **arms):
+    """Values of the metric `loss` an arm, one a seed; the weights' digest is the arm's values."""
+    return {
+        (arm, seed): ArmEvidence(status=status, weights=str(values), metrics={"loss": str(value)})
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+    }
+
+
+B = (1.0, 1.1, 1.2)
+CLEARLY_ABOVE = (1.30, 1.41, 1.50)
+NOISILY_ABOVE = (1.01, 1.20, 1.21)
+
+
+def verdict(*arguments):
+    (found,) = judge(*arguments)["verdicts"]
+    return found
+
+
+def test_replicated_with_its_numbers():
+    found = verdict(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    assert found["verdict"] == "replicated"
+    first = found["tests"][0]
+    assert (first["effect"], first["n"], first["result"]) == ("0.303333", 3, "holds")
+    assert float(first["interval"][0]) < 0.3033 < float(first["interval"][1])
+    assert found["seeds"] == 3
+    assert found["scale"] == "nano"
+
+
+def test_not_replicated():
+    assert verdict(plan(), evidence(a=B, b=CLEARLY_ABOVE, c=CLEARLY_ABOVE))["verdict"] == "not_replicated"
+
+
+def test_neither_way_is_inconclusive():
+    found = verdict(plan(), evidence(a=NOISILY_ABOVE, b=B, c=B))
+    assert (found["verdict"], found["reason"]) == ("inconclusive", "neither the pass nor the fail criterion holds")
+
+
+def test_a_control_that_fails_spoils_the_claim():
+    found = verdict(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=NOISILY_ABOVE))
+    assert (found["verdict"], found["reason"]) == ("inconclusive", "a control did not come out as foretold")
+
+
+def test_a_negative_control_has_to_fail():
+    control = Test(left=quantity("c"), right=quantity("b"), relation=">", alpha=0.05, expect="fails")
+    checked = claim(controls=(control,))
+    assert verdict(plan(checked), evidence(a=CLEARLY_ABOVE, b=B, c=B))["verdict"] == "replicated"
+    assert verdict(plan(checked), evidence(a=CLEARLY_ABOVE, b=B, c=CLEARLY_ABOVE))["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize("absent", ["a", "b", "c"])
+def test_a_missing_arm_is_never_a_pass(absent):
+    arms = {"a": CLEARLY_ABOVE, "b": B, "c": B}
+    del arms[absent]
+    found = verdict(plan(), evidence(**arms))
+    assert found["verdict"] == "inconclusive"
+    assert found["reason"] == f"arm {absent} seed 0 is missing"
+
+
+def test_one_missing_seed_is_never_a_pass():
+    some = evidence(a=CLEARLY_ABOVE, b=B, c=B)
+    del some["a", 2]
+    assert verdict(plan(), some)["reason"] == "arm a seed 2 is missing"
+
+
+@pytest.mark.parametrize("status", ["diverged", "incomplete"])
+def test_a_diverged_or_incomplete_arm_is_never_a_pass(status):
+    some = evidence(a=CLEARLY_ABOVE, b=B, c=B) | {("a", 1): ArmEvidence(status=status, weights="", metrics={})}
+    found = verdict(plan(), some)
+    assert (found["verdict"], found["reason"]) == ("inconclusive", f"arm a seed 1 {status}")
+
+
+def test_a_missing_metric_is_never_a_pass():
+    some = evidence(a=CLEARLY_ABOVE, b=B, c=B) | {("a", 1): ArmEvidence(status="complete", weights="", metrics={})}
+    assert verdict(plan(), some)["reason"] == "arm a seed 1 has no loss"
+
+
+def test_too_few_seeds_and_a_scale_that_cannot_decide():
+    some = evidence(a=CLEARLY_ABOVE, b=B, c=B)
+    assert "at least 3 are needed" in verdict(plan(seeds=(0, 1)), some)["reason"]
+    assert verdict(plan(seeds=(0,)), some)["verdict"] == "inconclusive"
+    assert "the scale smoke cannot decide" in verdict(plan(scale="smoke"), some)["reason"]
+
+
+def test_arms_that_are_not_in_the_plan_leave_the_claim_untested():
+    found = verdict(plan(arms=("d",)), {})
+    assert found["verdict"] == "not_tested"
+    outcome = judge(plan(left_out=("X2",)), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    assert outcome["verdicts"][1] == {
+        "claim": "X2", "verdict": "not_tested", "reason": "not asked for in this run", "tests": [],
+    }  # fmt: skip
+
+
+def test_identical_means_weights_and_every_common_metric():
+    same = verdict(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    assert same["tests"][2]["result"] == "holds"
+    other_weights = evidence(a=CLEARLY_ABOVE, b=B, c=B)
+    other_weights["c", 0] = ArmEvidence(status="complete", weights="other", metrics={"loss": "1.0"})
+    assert verdict(plan(), other_weights)["tests"][2]["result"] == "fails"
+
+
+def test_a_group_stands_for_its_best_tuned_arm():
+    group = Group(id="a", label="a", among=("a1", "a2"), by="tuning")
+    values = {
+        (arm, seed): ArmEvidence(status="complete", weights=arm, metrics={"loss": str(loss + seed / 10), "tuning": tuning})
+        for arm, loss, tuning in (("a1", 1.3, "2.0"), ("a2", 0.5, "1.0"), ("b", 1.0, "0"), ("c", 1.0, "0"))
+        for seed in SEEDS
+    } | {("c", seed): ArmEvidence(status="complete", weights="b", metrics={"loss": str(1 + seed / 10)}) for seed in SEEDS}
+    wanted = plan(arms=("a1", "a2", "b", "c"), groups=(group,))
+    outcome = judge(wanted, values)
+    assert outcome["groups"] == {"a": "a2"}
+    assert outcome["verdicts"][0]["verdict"] == "not_replicated"
+    values["a2", 1] = ArmEvidence(status="diverged", weights="", metrics={})
+    assert judge(wanted, values)["groups"] == {"a": "a1"}
+    assert judge(wanted, values)["verdicts"][0]["verdict"] != "not_replicated"
+    values["a1", 1] = ArmEvidence(status="diverged", weights="", metrics={})
+    outcome = judge(wanted, values)
+    assert outcome["groups"] == {}
+    assert outcome["verdicts"][0]["reason"] == "no arm of the group a is complete"
+
+
+def test_the_least_of_several_metrics_is_taken_a_seed():
+    least = Quantity(arm="a", least_of=("x", "y"))
+    some = {
+        (arm, seed): ArmEvidence(status="complete", weights="w", metrics={"x": x, "y": y, "loss": "1.0"})
+        for arm, rows in (("a", (("1.0", "3.0"), ("3.0", "1.1"), ("1.2", "2.0"))), ("b", (("1", "1"),) * 3))
+        for seed, (x, y) in enumerate(rows)
+    }
+    test = Test(left=least, right=Quantity(arm="b", metric="loss"), relation=">", margin=0.05)
+    found = verdict(plan(claim(passes=(test,), controls=(test,)), arms=("a", "b")), some)
+    assert found["tests"][0]["effect"] == "0.1"  # (0.0 + 0.1 + 0.2) / 3
+
+
+@pytest.mark.parametrize(
+    ("relation", "margin", "sigmas", "holds"),
+    [
+        (">", 0.1, 0, True),
+        (">", 0.3, 0, False),
+        (">", 0.0, 3, False),
+        ("<", 0.0, 0, False),
+        ("<=", 0.3, 0, True),
+        ("<=", 0.1, 0, False),
+        ("<=", 0.0, 3, True),
+        (">=", 0.0, 0, True),
+    ],
+)
+def test_relations(relation, margin, sigmas, holds):
+    # differences 0.1, 0.2, 0.3: mean 0.2, σ 0.1
+    test = Test(left=quantity("a"), right=quantity("b"), relation=relation, margin=margin, sigmas=sigmas)
+    some = evidence(a=(1.1, 1.2, 1.3), b=(1.0, 1.0, 1.0), c=(1.0, 1.0, 1.0))
+    found = verdict(plan(claim(passes=(test,))), some)
+    assert found["tests"][0]["result"] == ("holds" if holds else "fails")
+
+
+def test_exit_codes():
+    def outcome(*verdicts):
+        return {"verdicts": [{"verdict": item} for item in verdicts]}
+
+    assert exit_code(outcome("replicated", "not_tested")) == 0
+    assert exit_code(outcome("replicated", "not_replicated", "inconclusive")) == 1
+    assert exit_code(outcome("replicated", "inconclusive")) == 4
+    assert exit_code(outcome("not_tested")) == 4
+
+
+def test_outcomes_are_the_same_up_to_the_last_digits_of_their_numbers():
+    outcome = judge(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    near = judge(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    near["verdicts"][0]["tests"][0]["p"] = str(float(outcome["verdicts"][0]["tests"][0]["p"]) * 1.00001)
+    assert same_outcome(outcome, near)
+    near["verdicts"][0]["tests"][0]["p"] = str(float(outcome["verdicts"][0]["tests"][0]["p"]) * 1.001)
+    assert not same_outcome(outcome, near)
+    near = judge(plan(), evidence(a=CLEARLY_ABOVE, b=B, c=B))
+    near["verdicts"][0]["verdict"] = "not_replicated"
+    assert not same_outcome(outcome, near)
+    assert not same_outcome(outcome, {"groups": {}})
