@@ -102,9 +102,11 @@ class RMSNorm(nn.Module):
         self.gain_D = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return torch.rms_norm(x, self.gain_D.shape, self.gain_D, NORM_EPS)
-        y: Tensor = _CpuRMSNorm.apply(x, self.gain_D)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if x.device.type == "cpu":
+            y = _CpuRMSNorm.apply(x, self.gain_D)  # type: ignore[no-untyped-call]
+        else:
+            y = nnf.rms_norm(x, [self.gain_D.numel()], self.gain_D, NORM_EPS)
         return y
 
 
@@ -113,8 +115,8 @@ class _CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor) -> Tensor:
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean.add_(NORM_EPS).rsqrt_()
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
         ctx.save_for_backward(x, scale, gain_D)
         return (x * scale).mul_(gain_D)
 
@@ -122,11 +124,11 @@ class _CpuRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, scale, gain_D = ctx.saved_tensors
-        normed = x * scale
-        dgain_D = (dy * normed).view(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        dnormed = dy * gain_D
-        along = (dnormed * normed).mean(-1, keepdim=True)
-        return dnormed.addcmul_(normed, along, value=-1).mul_(scale), dgain_D
+        # Both sums below are of dy·x, weighted by scale over the tokens and by gain over the channels.
+        product = (dy * x).view(-1, x.shape[-1])
+        dgain_D = product.t() @ scale.view(-1) if ctx.needs_input_grad[1] else None
+        along = (product @ gain_D).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
+        return (dy * gain_D).mul_(scale).addcmul_(x, along, value=-1), dgain_D
 
 
 class Attention(nn.Module):
