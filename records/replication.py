@@ -112,6 +112,8 @@ def read_statement(files: Mapping[str, bytes]) -> Envelope:
     """The opened envelope of a bundle; MalformedError where it is missing or has another form."""
     if STATEMENT not in files:
         raise MalformedError(f"bundle: expected {STATEMENT}, found none; this is not a replication bundle")
+    if canonical.encode_parsed(canonical.loads(files[STATEMENT])) != files[STATEMENT]:
+        raise MalformedError(f"bundle: expected {STATEMENT} as canonical JSON, so that one record has one spelling")
     return open_envelope(files[STATEMENT])
 
 

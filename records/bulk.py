@@ -1,0 +1,293 @@
+"""Verification of JSON Lines in bulk: a document a line, constant memory, all cores, results in input order.
+
+- `verify_line` gives the same JSON object as `repro verify --json` does for one document. Most lines of a large file look
+  alike: a minimal record in canonical form, which one regular expression recognises whole (`_FAST`). Such a line whose every
+  check passes is answered from a template that the general code filled once; every other line takes the general code.
+- `verify_stream` cuts a stream into chunks of whole lines and hands them to worker processes, a bounded number at a time.
+"""
+
+import json
+import re
+from binascii import a2b_base64, unhexlify
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import BinaryIO, Final
+
+from records import canonical
+from records.document import verify_value
+from records.errors import InvalidError, MalformedError
+from records.keys import KeySet, fingerprint
+from records.receipt import verify_digest
+from records.report import EXIT_CODES, Check, State, Verification
+from records.schema import predicate
+
+CHUNK_BYTES: Final = 256 * 1024
+
+_S: Final = (
+    r"[ !#-\[\]-~]*+"  # printable ASCII without quotes and backslashes: it needs no unescaping, and is its own escape
+)
+_TIME: Final = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|\+00:00)"
+
+
+def _fast_pattern() -> re.Pattern[bytes]:
+    """A record document in canonical form, with a number and perhaps a receipt, and what has to be looked at in groups.
+
+    It is narrower than the schema in every place; whatever it does not match is for the general code to judge.
+    """
+    sha = "[0-9a-f]{64}"
+    record = (
+        rf'\{{"metadata":\{{"abstract_canon_sha256":"{sha}","cross_cats_sorted":\[(?P<cats>(?:"{_S}"(?:,(?=")|(?=\])))*+)\],'
+        rf'"license":"{_S}","primary_cat":"[!#-\[\]-~]{_S}","submitted_at":"(?P<year>\d{{4}})-\d\d-\d\dT\d\d:\d\d:\d\dZ",'
+        rf'"title_canon_sha256":"{sha}"\}},"schema_version":"1\.0",'
+        r'"source":\{"id":"\d{4}\.\d{4,5}","kind":"arxiv","version":[1-9]\d{0,9}\}\}'
+    )
+    receipt = (
+        rf'"algorithm":"ed25519","builder_version":"{_S}","canonical_sha256":"(?P=sha)",'
+        rf'"first_computed_at":"{_TIME}","key_id":"(?P<key>{_S})","kind":"pith_receipt","last_reissued_at":"{_TIME}",'
+        rf'"public_key_fingerprint":"(?P<print>[0-9a-f]{{32}})","receipt_version":"{_S}",'
+        rf'"signature_b64":"(?P<signature>[A-Za-z0-9+/]{{85}}[AQgw]==)","signature_status":"{_S}",'
+        rf'"signed_at":"{_TIME}","signed_message":"canonical_sha256_bytes"'
+    )
+    document = (
+        rf'\{{"canonical_record":(?P<record>{record}),"canonical_sha256":"(?P<sha>{sha})",'
+        rf'"pith_number":"pith:(?P=year):(?P<suffix>[A-Z2-7]{{26}})"(?:,"receipt":\{{{receipt}\}})?\}}\s*+'
+    )
+    return re.compile(document.encode("ascii"), re.ASCII)
+
+
+_FAST: Final = _fast_pattern()
+_FAST_KEYS: Final = frozenset({"canonical_record", "canonical_sha256", "pith_number", "receipt"})
+_BASE32: Final = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", b"0123456789abcdefghijklmnopqrstuv")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Template:
+    """The output of a line that passed, with holes for what differs between such lines, and the state that it states."""
+
+    text: bytes
+    state: State
+
+
+class LineVerifier:
+    """Verifies lines one after another under one set of keys; `seen` counts states."""
+
+    def __init__(self, *, trusted: KeySet, name: str, max_bytes: int = canonical.MAX_BYTES) -> None:
+        self._trusted = trusted
+        self._name = name
+        self._max_bytes = max_bytes
+        self._keys: dict[bytes, tuple[bytes, bytes]] = {}
+        for key_id in {key.key_id for key in trusted.keys}:
+            key = trusted.find(key_id)
+            # Keys with a period of validity need the receipt's time looked at: those are for the general code.
+            if key is not None and (key.valid_from, key.valid_until, key.revoked_at) == (None, None, None):
+                self._keys[key_id.encode()] = (key.raw, fingerprint(key.raw).encode())
+        self._templates: dict[bytes | None, _Template] = {}
+        self._distinct: set[bytes] = {b""}
+        self.seen: Counter[State] = Counter()
+
+    def line(self, line: bytes, number: int) -> bytes:
+        """The JSON object of one line, as a line; nothing for a blank line."""
+        return self._fast(line, number) or self._slow(line, number)
+
+    def _fast(self, line: bytes, number: int) -> bytes | None:
+        """The answer for a line that `_FAST` matches and whose every check passes; None for any other."""
+        match = _FAST.fullmatch(line)
+        if match is not None and len(line) <= self._max_bytes:
+            record, cats, year, sha, suffix, key_id, print_, signature = match.groups()
+            raw = sha256(record).digest()
+            if (
+                unhexlify(sha) == raw
+                and int(suffix.translate(_BASE32), 32) == int.from_bytes(raw[:17], "big") >> 6
+                and (cats in self._distinct or self._are_distinct(cats))
+                and (signature is None or self._receipt_holds(raw, key_id, print_, signature))
+            ):
+                template = self._templates.get(key_id)
+                if template is None:
+                    template = self._templates[key_id] = self._learn(line, sha, year, suffix)
+                self.seen[template.state] += 1
+                return template.text % (number, year, suffix, sha, suffix, year)
+        return None
+
+    def _are_distinct(self, cats: bytes) -> bool:
+        """Whether a list of categories holds none twice; the common lists are remembered, as long as they are few."""
+        distinct = len(set(cats.split(b","))) == cats.count(b",") + 1
+        if distinct and len(self._distinct) < 10_000:
+            self._distinct.add(cats)
+        return distinct
+
+    def _slow(self, line: bytes, number: int) -> bytes:
+        if not line or line.isspace():
+            return b""
+        try:
+            value = canonical.loads(line, max_bytes=self._max_bytes)
+        except MalformedError as error:
+            return self._malformed(str(error), number)
+        # What is checked is the parsed value, so another spelling of it will do; the canonical one may be a fast one.
+        if isinstance(value, dict) and _FAST_KEYS.issuperset(value):
+            answer = self._fast(canonical.encode_parsed(value), number)
+            if answer is not None:
+                return answer
+        return self._line_of(self._general(value, number))
+
+    def _malformed(self, detail: str, number: int) -> bytes:
+        check = Check(code="strict_json", status="fail", detail=detail)
+        return self._line_of(Verification(target=f"{self._name}:{number}", kind="pith_record", checks=(check,)))
+
+    def _line_of(self, found: Verification) -> bytes:
+        self.seen[found.state] += 1
+        return json.dumps(found.to_json()).encode("ascii") + b"\n"
+
+    def oversize(self, size: int, number: int) -> bytes:
+        """The JSON object of a line of `size` bytes that was not kept, as a line."""
+        return self._malformed(
+            f"strict JSON: expected at most {self._max_bytes} bytes, found {size}; raise --max-bytes", number
+        )
+
+    def _receipt_holds(self, raw: bytes, key_id: bytes, print_: bytes, signature: bytes) -> bool:
+        key = self._keys.get(key_id)
+        if key is None or key[1] != print_:
+            return False
+        try:
+            # The pattern lets only the canonical spelling through: of the last character's six bits, four are zero.
+            verify_digest(key[0], raw, a2b_base64(signature))
+        except InvalidError:
+            return False
+        return True
+
+    def _general(self, value: object, number: int) -> Verification:
+        return verify_value(value, target=f"{self._name}:{number}", trusted=self._trusted, fits=_fits)
+
+    def _learn(self, line: bytes, sha: bytes, year: bytes, suffix: bytes) -> _Template:
+        """Make the template of lines like this one from what the general code says of it."""
+        found = self._general(canonical.loads(line), 0)
+        text = json.dumps(found.to_json()).encode("ascii").replace(b"%", b"%%") + b"\n"
+        name = json.dumps(self._name)[:-1].encode("ascii").replace(b"%", b"%%")
+        holes = (
+            (b'"target": ' + name + b':0"', b'"target": ' + name + b':%d"'),
+            (b'"pith:' + year + b":" + suffix + b'"', b'"pith:%b:%b"'),
+            (sha, b"%b"),
+            (b'"' + suffix + b" are", b'"%b are'),
+            (b'"' + year + b", from", b'"%b, from'),
+        )
+        for old, new in holes:
+            assert text.count(old) == 1, "the general code words its checks otherwise than the template expects"
+            text = text.replace(old, new)
+        return _Template(text=text, state=found.state)
+
+
+def _fits(form: str, value: object) -> bool:
+    return predicate(form)(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Whole lines, or one line too long to be kept (`oversize` then holds its length in bytes)."""
+
+    first: int
+    data: bytes = b""
+    oversize: int = 0
+
+
+def read_chunks(stream: BinaryIO, *, max_bytes: int) -> Iterator[Chunk]:
+    """Cut a stream into chunks of whole lines of about 256 KiB; memory stays within one chunk and one line.
+
+    A line longer than `max_bytes` is skipped over as it comes, so that it costs no memory either.
+    """
+    number, kept = 1, b""
+    while True:
+        block = stream.read(CHUNK_BYTES)
+        data = kept + block
+        end = data.rfind(b"\n") + 1 if block else len(data)
+        if end:
+            yield Chunk(first=number, data=data[:end])
+            number += data.count(b"\n", 0, end)
+        kept = data[end:]
+        if not block:
+            return
+        if len(kept) > max_bytes:
+            size = len(kept)
+            while block := stream.read(CHUNK_BYTES):
+                cut = block.find(b"\n") + 1
+                size += cut - 1 if cut else len(block)
+                if cut:
+                    break
+            yield Chunk(first=number, oversize=size)
+            number += 1
+            kept = block[cut:] if block else b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The results of one chunk: its output lines and how many lines came to which state."""
+
+    output: bytes
+    states: dict[State, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many targets the chunk held."""
+        return sum(self.states.values())
+
+
+_verifier: LineVerifier | None = None  # one a worker process: templates and keys are made once
+
+
+def _start(trusted: KeySet, name: str, max_bytes: int) -> None:
+    import signal
+
+    global _verifier
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, in one line
+    _verifier = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes)
+
+
+def _work(chunk: Chunk) -> Batch:
+    assert _verifier is not None
+    return verify_chunk(chunk, _verifier)
+
+
+def verify_chunk(chunk: Chunk, verifier: LineVerifier) -> Batch:
+    """Verify every line of a chunk; blank lines are no targets."""
+    verifier.seen.clear()
+    if chunk.oversize:
+        line = verifier.oversize(chunk.oversize, chunk.first)
+        return Batch(output=line, states=dict(verifier.seen))
+    verify = verifier.line
+    lines = chunk.data.split(b"\n")
+    output = [verify(line, number) for number, line in enumerate(lines, chunk.first)]
+    return Batch(output=b"".join(output), states=dict(verifier.seen))
+
+
+def verify_stream(
+    stream: BinaryIO, *, trusted: KeySet, name: str, workers: int, max_bytes: int = canonical.MAX_BYTES
+) -> Iterator[Batch]:
+    """Verify a stream of JSON lines; batches come in input order. Small inputs and one worker start no process."""
+    chunks = read_chunks(stream, max_bytes=max_bytes)
+    first = list(islice(chunks, 2))
+    if workers == 1 or len(first) < 2:
+        verifier = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes)
+        for chunk in chain(first, chunks):
+            yield verify_chunk(chunk, verifier)
+        return
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(trusted, name, max_bytes)
+    )
+    pending: deque[Future[Batch]] = deque()
+    try:
+        for chunk in chain(first, chunks):
+            pending.append(pool.submit(_work, chunk))
+            if len(pending) > 4 * workers:  # bounded: a fast reader must not fill memory with chunks
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def worst(states: Counter[State], *, require_trusted: bool) -> list[int]:
+    """The exit codes of the states that were seen."""
+    return [4 if state == "valid" and require_trusted else EXIT_CODES[state] for state in states]
