@@ -1,28 +1,11 @@
 """Fixtures that several tests share: one real run at the smoke scale, its bundle, and a key."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import repro
 
 from records import keys
-
-ROOT = Path(__file__).parents[1]
-
-
-def repro(*words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, stdin: bytes | None = None):
-    """Runs the command line as a user does; returns the completed process with bytes."""
-    return subprocess.run(
-        [sys.executable, "-m", "repro", *map(str, words)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
-        input=stdin,
-        capture_output=True,
-        timeout=240,
-    )
-
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

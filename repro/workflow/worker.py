@@ -1,11 +1,13 @@
 """The child process of a run: trains one segment or measures one arm, with one thread, and reports through a pipe."""
 
+import contextlib
+import fcntl
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,15 @@ def main(plan: Mapping[str, Any], folder: str, arm: str, seed: int, segment: str
         pipe.close()
 
 
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Holds `lock`: the worker of a killed run lives on until it finds nobody to report to, and must not write beside us."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection) -> None:
     work = next(item for item in job.segments if item.digest == digest)
     segment = decode(Segment, work.config)
@@ -63,17 +74,20 @@ def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe
             pipe.send(("progress", tokens))
 
     parent = next((item for item in job.segments if item.digest == work.parent), None)
-    train_segment(
-        segment,
-        batches=Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=job.seed),
-        mechanism=paper_module(plan["paper"]["slug"]).mechanism(segment.mechanism),
-        seed=job.seed,
-        folder=folder / work.folder,
-        genesis=genesis(plan_digest(plan), work.digest),
-        device=_torch_device(plan),
-        parent=folder / parent.folder if parent else None,
-        progress=progress,
-    )
+    with _alone(folder / work.folder / ".lock"):
+        if (folder / work.folder / "final.safetensors").exists():
+            return
+        train_segment(
+            segment,
+            batches=Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=job.seed),
+            mechanism=paper_module(plan["paper"]["slug"]).mechanism(segment.mechanism),
+            seed=job.seed,
+            folder=folder / work.folder,
+            genesis=genesis(plan_digest(plan), work.digest),
+            device=_torch_device(plan),
+            parent=folder / parent.folder if parent else None,
+            progress=progress,
+        )
 
 
 def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
@@ -86,10 +100,12 @@ def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
         return  # nothing to measure: the segment's own trace says that the arm diverged
     model, head = load_final(segment, folder / work.folder, genesis=start, device=_torch_device(plan))
     path = folder / job.file
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     held_out = corpus.load(segment.corpus).held_out
-    with TraceWriter(temporary, genesis(head, job.digest)) as trace:
+    with (
+        _alone(path.with_name(f".{path.stem}.lock")),
+        TraceWriter(temporary, genesis(head, job.digest)) as trace,
+    ):
         for name, value in paper_module(plan["paper"]["slug"]).measure(model, job.measure, held_out):
             if not math.isfinite(value):
                 trace.append({"type": "diverged", "name": name})
@@ -98,7 +114,7 @@ def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
         else:
             trace.append({"type": "end", "metrics": trace.count})
         trace.sync()
-    temporary.replace(path)
+        temporary.replace(path)
 
 
 def _torch_device(plan: Mapping[str, Any]) -> str:
