@@ -39,3 +39,9 @@ class NetworkError(ReproError):
     """The network was needed and did not answer as it should (exit code 5)."""
 
     exit_code = 5
+
+
+class InternalError(ReproError):
+    """A fault of ours, not of the input (exit code 70, as sysexits.h has it); the message asks for a report."""
+
+    exit_code = 70

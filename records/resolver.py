@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from records import canonical
-from records.document import form_of, verify_document
+from records.document import form_of, get, verify_document
 from records.errors import IndeterminateError, MalformedError, NetworkError, ReproError, UsageError
 from records.keys import KeySet
 from records.network import Client, check_url
@@ -135,7 +135,7 @@ class Cache:
         earlier = self.ref(suffix)
         valid_events = max(valid_events, earlier["valid_events"] if earlier else 0)
         ref = {"sha256": digest, "url": candidate.origin[:500], "valid_events": valid_events}
-        source = canonical.loads(candidate.data).get("canonical_record", {}).get("source", {})
+        source = get(canonical.loads(candidate.data, max_bytes=len(candidate.data)), "canonical_record", "source") or {}
         written: dict[Path, bytes] = {
             self._folder / "objects" / digest[:2] / digest: candidate.data,
             self._folder / "refs" / suffix[:2] / suffix: canonical.dumps(ref),

@@ -121,6 +121,15 @@ def test_the_minimum_is_a_record_and_a_hash_or_a_number(verify: Verify, signed: 
     assert failed(verify(record)) == {"schema"}
 
 
+def test_a_hash_without_its_record_shows_nothing(verify: Verify, signed: dict[str, Any]) -> None:
+    """Number and receipt follow from the hash, but what was hashed is not there to see."""
+    listing = {"canonical_record": None, **{name: signed[name] for name in ("canonical_sha256", "pith_number", "receipt")}}
+    found = verify(listing)
+    assert found.state == "indeterminate" and status(found, "receipt_signature") == "pass"
+    listing["pith_number"] = "pith:2025:IV7VH3NCTL2M6JAD44FIMISHCY"
+    assert failed(verify(listing)) == {"pith_number"}
+
+
 def test_a_key_of_the_document_gives_no_trust(verify: Verify) -> None:
     """A receipt by a key nobody trusts is skipped; given with --trusted-keys, it holds; the other key of its id does not."""
     signed, key = own_record()
