@@ -51,7 +51,7 @@ def set_deterministic() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor guards against reading what was never written; it costs a fifth of a nano step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)  # a softmax that is sure of itself underflows, and denormals cost 20 times as much
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")

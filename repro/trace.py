@@ -30,7 +30,10 @@ def link(previous: str, entry: Mapping[str, Any]) -> str:
 
 
 class TraceWriter:
-    """Appends entries to a trace file, which it closes at the end of a `with` block; `head` is the chain value of the last line, `count` the number of lines."""
+    """Appends entries to a trace file, which it closes at the end of a `with` block.
+
+    `head` is the chain value of the last line, `count` the number of lines.
+    """
 
     def __init__(self, path: Path, start: str, *, keep: int = 0) -> None:
         """Opens `path`, keeping its first `keep` lines (those before a checkpoint) and cutting off the rest.

@@ -277,10 +277,14 @@ def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step:
     temporary = path.with_suffix(".tmp")
     # one entry: safetensors writes several in an order that changes from process to process
     metadata = {"repro": json.dumps({"genesis": genesis, "lines": lines, "step": step})}
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:  # the library's own name for an OSError
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error}; free space and go on with --resume") from error
 
 
 def _load(

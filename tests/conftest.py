@@ -7,6 +7,7 @@ from command_line import repro
 
 from records import keys
 
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of EMoE at the smoke scale, made by the command line."""

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_the_entropy_of_synthetic_is_its_empirical_conditional_entropy():
     followers: dict[int, Counter[int]] = defaultdict(Counter)
     data = text.train.tobytes()
     for document in data.split(b"\0"):
-        for a, b in zip(document, document[1:], strict=False):
+        for a, b in pairwise(document):
             followers[a][b] += 1
     assert len(followers) == 64
     assert all(len(counts) == 8 for counts in followers.values())
@@ -52,7 +53,7 @@ def test_a_document_that_occurs_twice_is_taken_once(tmp_path):
         (tmp_path / f"{number:02}.txt").write_text(f"text {number // 2}\n")
     text = corpus.load(f"file:{tmp_path}")
     assert text.documents == 20
-    assert b"text 19\n" == text.held_out.tobytes()
+    assert text.held_out.tobytes() == b"text 19\n"
     assert b"text 19\n" not in text.train.tobytes()
 
 
@@ -122,7 +123,6 @@ def test_the_order_of_batches_is_pinned():
     tokens, _ = Batches(data=DATA, batch=8, context=10, seed=0).at(0)
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     assert digest == "f9e212aad558a4193f29851cacd7f9cc7d2317ae72d3463c31742acb796cdc07"
-
 
 
 def test_too_little_text_for_a_batch_is_said_clearly():

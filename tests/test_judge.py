@@ -146,10 +146,14 @@ def test_identical_means_weights_and_every_common_metric():
 def test_a_group_stands_for_its_best_tuned_arm():
     group = Group(id="a", label="a", among=("a1", "a2"), by="tuning")
     values = {
-        (arm, seed): ArmEvidence(status="complete", weights=arm, metrics={"loss": str(loss + seed / 10), "tuning": tuning})
+        (arm, seed): ArmEvidence(
+            status="complete", weights=arm, metrics={"loss": str(loss + seed / 10), "tuning": tuning}
+        )
         for arm, loss, tuning in (("a1", 1.3, "2.0"), ("a2", 0.5, "1.0"), ("b", 1.0, "0"), ("c", 1.0, "0"))
         for seed in SEEDS
-    } | {("c", seed): ArmEvidence(status="complete", weights="b", metrics={"loss": str(1 + seed / 10)}) for seed in SEEDS}
+    } | {
+        ("c", seed): ArmEvidence(status="complete", weights="b", metrics={"loss": str(1 + seed / 10)}) for seed in SEEDS
+    }
     wanted = plan(arms=("a1", "a2", "b", "c"), groups=(group,))
     outcome = judge(wanted, values)
     assert outcome["groups"] == {"a": "a2"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def batches(segment: Segment = SEGMENT, seed: int = 0) -> Batches:
     return Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=seed)
 
 
-def train(folder: Path, segment: Segment = SEGMENT, seed: int = 0, mechanism: Mechanism | None = None, **more) -> Transformer:
+def train(
+    folder: Path, segment: Segment = SEGMENT, seed: int = 0, mechanism: Mechanism | None = None, **more
+) -> Transformer:
     set_deterministic()
     return train_segment(
         segment,
@@ -92,7 +95,7 @@ def test_the_trace_says_what_was_trained(tmp_path):
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-class _Interrupt(Exception):
+class _InterruptError(Exception):
     pass
 
 
@@ -102,9 +105,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, stop_at):
 
     def stop(steps: int, tokens: int) -> None:
         if steps == stop_at:
-            raise _Interrupt
+            raise _InterruptError
 
-    with pytest.raises(_Interrupt):
+    with pytest.raises(_InterruptError):
         train(tmp_path / "cut", progress=stop)
     assert (tmp_path / "cut/checkpoint.safetensors").exists() == (stop_at >= 10)
     train(tmp_path / "cut")
@@ -144,13 +147,18 @@ def test_kill_9_loses_nothing(tmp_path, lines):
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     def stop(steps: int, tokens: int) -> None:
         if steps == 10:
-            raise _Interrupt
+            raise _InterruptError
 
-    with pytest.raises(_Interrupt):
+    with pytest.raises(_InterruptError):
         train(tmp_path, progress=stop)
     with pytest.raises(InvalidError, match="belongs to another plan or segment"):
         train_segment(
-            SEGMENT, batches=batches(), mechanism=Mechanism(), seed=0, folder=tmp_path, genesis=genesis("44" * 32, "22" * 32)
+            SEGMENT,
+            batches=batches(),
+            mechanism=Mechanism(),
+            seed=0,
+            folder=tmp_path,
+            genesis=genesis("44" * 32, "22" * 32),
         )
     (tmp_path / "checkpoint.safetensors").write_bytes(b"junk")
     with pytest.raises(InvalidError, match="expected a safetensors checkpoint"):
@@ -210,7 +218,7 @@ def test_schedules():
     assert learning_rate(cosine, 10) == 1.0
     assert learning_rate(cosine, 55) == pytest.approx(0.55)
     assert learning_rate(replace(wsd, schedule="constant"), 99) == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(

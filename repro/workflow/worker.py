@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from records.errors import ReproError, UsageError
+from records.errors import InternalError, ReproError, UsageError
 from repro.config import decimal_string, decode
 from repro.data import corpus
 from repro.data.batches import Batches
@@ -42,11 +42,11 @@ def main(plan: Mapping[str, Any], folder: str, arm: str, seed: int, segment: str
     except OSError as error:
         pipe.send(("error", UsageError, f"{error.strerror}: {error.filename}; mend it and go on with --resume"))
     except MemoryError:
-        pipe.send(("error", ReproError, "out of memory; go on with --resume and fewer --workers"))
+        pipe.send(("error", UsageError, "out of memory; go on with --resume and fewer --workers"))
     except Exception as error:  # a bug: the parent says so in one line, as the CLI does for its own
         if os.environ.get("REPRO_DEBUG"):
             raise
-        pipe.send(("error", ReproError, f"internal error: {type(error).__name__}: {error}; please report it"))
+        pipe.send(("error", InternalError, f"internal error: {type(error).__name__}: {error}; please report it"))
     finally:
         sys.stdout.flush()
         pipe.close()

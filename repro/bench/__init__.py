@@ -1,0 +1,1 @@
+"""What `repro bench` measures: ratios, side by side in one process."""
