@@ -1,0 +1,39 @@
+"""The replications that the project publishes, each verified and judged again, and the README's table made from them."""
+
+from pathlib import Path
+
+import pytest
+from command_line import ROOT
+
+from records import canonical, keys
+from records.package import read_bundle
+from repro.report.table import BEGIN, END
+from repro.workflow.bundle import verify
+from repro.workflow.publish import readme_table
+
+PUBLISHED = sorted(ROOT.glob("papers/*/replications/*.repro.zip"))
+
+
+def test_something_is_published():
+    assert PUBLISHED
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_replication_verifies_and_judges_to_the_same(path: Path):
+    files = read_bundle(path)
+    found = verify(files, target=path.name, trusted=keys.pinned())
+    assert [check.detail for check in found.checks if check.status == "fail"] == []
+    assert found.state in ("valid", "trusted")
+    passed = {check.code for check in found.checks if check.status == "pass"}
+    assert {"manifest", "plan", "trace", "verdicts", "envelope_signature"} <= passed
+    run = canonical.loads(files["run.json"])
+    assert run["code"]["dirty"] is False
+    assert run["code"]["commit"]
+    outcome = canonical.loads(files["outcome.json"])
+    assert not any("missing" in verdict["reason"] for verdict in outcome["verdicts"])
+
+
+def test_the_readmes_table_is_the_bundles():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition(BEGIN)[2].partition(END)[0].strip()
+    assert table == readme_table(ROOT)
