@@ -2,6 +2,7 @@
 
 - `TrainConfig`, `Segment`: everything that a piece of training depends on, as data
 - `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss)
+- `training_step`: one update
 - `learning_rate`: warm-up, then constant, WSD or cosine
 - `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
   the measured times beside it, and the final weights
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from records.errors import InvalidError, UsageError
 from repro.config import decimal_string
-from repro.data.batches import Batches
+from repro.data.batches import Batches, prefetch
 from repro.model import ModelConfig, ModelOutput, Transformer
 from repro.moe import NonFiniteError, RoutingRule, balance_loss
 from repro.trace import TraceWriter, check_chain
@@ -43,6 +44,7 @@ class TrainConfig:
     `warmup` steps rise linearly from 0; `wsd` then holds the peak and falls linearly to `final_lr` × peak over the last
     `decay` share of the steps, `cosine` falls along a half cosine from the end of the warm-up, `constant` stays.
     `clip` bounds the gradient's norm (0: no bound); `balance` weighs the load-balance loss, averaged over layers.
+    With `bfloat16` the matrix products are in that precision and accumulate in float32; weights stay float32.
     """
 
     steps: int
@@ -58,6 +60,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     balance: float = 0.01
+    precision: Literal["float32", "bfloat16"] = "float32"
     trace_every: int = 10
     hash_every: int = 200
     checkpoint_every: int = 200
@@ -192,6 +195,37 @@ def train_segment(
     return model
 
 
+def training_step(
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    config: TrainConfig,
+    tokens_BS: Tensor,
+    targets_BS: Tensor,
+    mechanism: Mechanism,
+    step: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """One update of the weights; returns the loss (nats/token, without auxiliary terms) and the gradient's norm.
+
+    Both stay on the device: the step waits for nothing.
+    """
+    with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        output = model(tokens_BS, rule=mechanism.rule(step, seed))
+    loss = cross_entropy = torch.nn.functional.cross_entropy(
+        output.logits_BSV.float().flatten(0, 1), targets_BS.flatten()
+    )
+    if config.balance and output.routers:
+        loss = loss + config.balance * torch.stack([balance_loss(router) for router in output.routers]).mean()
+    extra = mechanism.loss(output)
+    if extra is not None:
+        loss = loss + extra
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
+    optimizer.step()
+    return cross_entropy.detach(), norm
+
+
 def _steps(
     segment: Segment,
     model: Transformer,
@@ -213,25 +247,14 @@ def _steps(
     losses: list[Tensor] = []
     clock = time.perf_counter()
     model.train()
-    for step in range(start, config.steps):
+    for step, (tokens_BS, targets_BS) in prefetch(batches, range(start, config.steps), device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        tokens_BS, targets_BS = (part.to(device, non_blocking=True) for part in batches.at(step))
         try:
-            output = model(tokens_BS, rule=mechanism.rule(step, seed))
+            loss, norm = training_step(model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed)
         except NonFiniteError:
             return step
-        loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), targets_BS.flatten())
-        losses.append(loss.detach())
-        if config.balance and output.routers:
-            loss = loss + config.balance * torch.stack([balance_loss(router) for router in output.routers]).mean()
-        extra = mechanism.loss(output)
-        if extra is not None:
-            loss = loss + extra
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
-        optimizer.step()
+        losses.append(loss)
 
         done = step + 1
         if done % config.trace_every and done < config.steps:

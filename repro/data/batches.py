@@ -4,6 +4,9 @@
 - `Batches.at(step)` gives step's windows; every arm with the same seed gets the same tokens in the same order
 """
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,6 +50,38 @@ class Batches:
         order = np.concatenate([_permutation(self.windows, self.seed, epoch) for epoch in epochs])
         start = first - epochs[0] * self.windows
         return _windows(self.data, order[start : start + self.batch], self.context)
+
+
+def prefetch(batches: Batches, steps: Iterable[int], device: torch.device) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """(step, tokens and next tokens on `device`) for each of `steps`.
+
+    On a GPU a thread cuts the next batch into pinned memory while the device works on this one; on a CPU, where the
+    arms' processes fill the cores, it is made when it is needed.
+    """
+    if device.type == "cpu":
+        for step in steps:
+            yield step, batches.at(step)
+        return
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        tokens_BS, targets_BS = batches.at(step)
+        return tokens_BS.pin_memory(), targets_BS.pin_memory()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
+        for step in steps:
+            waiting.append((step, pool.submit(make, step)))
+            if len(waiting) > 2:
+                yield _arrived(*waiting.popleft(), device)
+        while waiting:
+            yield _arrived(*waiting.popleft(), device)
+
+
+def _arrived(
+    step: int, made: "Future[tuple[Tensor, Tensor]]", device: torch.device
+) -> tuple[int, tuple[Tensor, Tensor]]:
+    tokens_BS, targets_BS = made.result()
+    return step, (tokens_BS.to(device, non_blocking=True), targets_BS.to(device, non_blocking=True))
 
 
 def evaluation_windows(data: Bytes, *, tokens: int, context: int) -> tuple[Tensor, Tensor]:

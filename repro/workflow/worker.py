@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from records.errors import InternalError, ReproError, UsageError
+from records.errors import InternalError, InvalidError, ReproError, UsageError
 from repro.config import decimal_string, decode
 from repro.data import corpus
 from repro.data.batches import Batches
@@ -61,10 +61,18 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
+def _corpus(plan: Mapping[str, Any], name: str) -> corpus.Corpus:
+    """The corpus, if it is still the one of the plan: runs over different text are never compared."""
+    text = corpus.load(name)
+    if text.digest != plan["corpora"][name]:
+        raise InvalidError(f"corpus {name}: expected the digest {plan['corpora'][name][:12]}…, found {text.digest[:12]}…")
+    return text
+
+
 def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection) -> None:
     work = next(item for item in job.segments if item.digest == digest)
     segment = decode(Segment, work.config)
-    text = corpus.load(segment.corpus)
+    text = _corpus(plan, segment.corpus)
     sent = 0.0
 
     def progress(steps: int, tokens: int) -> None:
@@ -101,7 +109,7 @@ def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
     model, head = load_final(segment, folder / work.folder, genesis=start, device=_torch_device(plan))
     path = folder / job.file
     temporary = path.with_suffix(".tmp")
-    held_out = corpus.load(segment.corpus).held_out
+    held_out = _corpus(plan, segment.corpus).held_out
     with (
         _alone(path.with_name(f".{path.stem}.lock")),
         TraceWriter(temporary, genesis(head, job.digest)) as trace,
