@@ -1,9 +1,11 @@
 """Verification of JSON Lines in bulk: a document a line, constant memory, all cores, results in input order.
 
-- `verify_line` gives the same JSON object as `repro verify --json` does for one document. Most lines of a large file look
-  alike: a minimal record in canonical form, which one regular expression recognises whole (`_FAST`). Such a line whose every
-  check passes is answered from a template that the general code filled once; every other line takes the general code.
-- `verify_stream` cuts a stream into chunks of whole lines and hands them to worker processes, a bounded number at a time.
+- `verify_line` gives the same JSON object as `repro verify --json` does for one document. Most lines of a large file
+  look alike: a minimal record in canonical form, which one regular expression recognises whole (`_FAST`). Such a line
+  whose every check passes is answered from a template that the general code filled once; every other line takes the
+  general code.
+- `verify_stream` cuts a stream into chunks of whole lines and hands them to worker processes, a bounded number at a
+  time.
 """
 
 import json

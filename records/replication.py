@@ -5,17 +5,19 @@ signed statement in statement.dsse.json, and the statement's subject is the pape
 every byte.
 
 - `build_replication` adds manifest, statement and (where signed) the public key to a run's files.
+- `side_by_side` lists the verdicts of several replications of one paper, conflicts kept.
 - `verify_replication` makes the checks that need no knowledge of papers or traces; its caller appends `trace` and
   `verdicts`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
 from records.document import verify_record
-from records.errors import MalformedError, ReproError
+from records.errors import InvalidError, MalformedError, ReproError
 from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets
 from records.number import FULL_NUMBER
 from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name
@@ -24,6 +26,7 @@ from records.statement import Envelope, make_statement, open_envelope, sign_enve
 
 PREDICATE_TYPE: Final = "urn:pith-repro:replication-record:v1"
 PREDICATE_SCHEMA: Final = "repro.replication/v1"
+SIDE_BY_SIDE_SCHEMA: Final = "repro.replications/v1"
 PLAN: Final = "plan.json"
 OUTCOME: Final = "outcome.json"
 PAPER: Final = "paper.json"
@@ -210,3 +213,105 @@ def _subject(files: Mapping[str, bytes], subject: dict[str, Any], trusted: KeySe
             detail = f"{PITH_RECORD} hashes to {found}, the subject's digest is {sha}"
             checks.append(Check(code="canonical_hash", status="fail", detail=detail))
     return name, checks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimVerdict:
+    """One replication's verdict on one claim: who signed it, at which scale, in which bundle."""
+
+    verdict: str
+    scale: str
+    signer: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedClaim:
+    """One claim over all replications; no verdict is dropped for another."""
+
+    claim: str
+    verdicts: tuple[ClaimVerdict, ...]
+
+    @property
+    def conflict(self) -> bool:
+        """Whether some replicate the claim and others do not, at one scale."""
+        scales = {entry.scale for entry in self.verdicts}
+        return any({"replicated", "not_replicated"} <= self._at(scale) for scale in scales)
+
+    def _at(self, scale: str) -> set[str]:
+        return {entry.verdict for entry in self.verdicts if entry.scale == scale}
+
+    def summary(self) -> str:
+        """`k of n replicated`, n being those that decided, and whether they conflict."""
+        decided = [entry for entry in self.verdicts if entry.verdict in ("replicated", "not_replicated")]
+        agreed = sum(entry.verdict == "replicated" for entry in decided)
+        return f"{agreed} of {len(decided)} replicated" + (", in conflict" if self.conflict else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideBySide:
+    """The replications of one paper, claim by claim."""
+
+    subject: str
+    count: int
+    claims: tuple[ComparedClaim, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that a mirror publishes as replications.json."""
+        return {
+            "schema": SIDE_BY_SIDE_SCHEMA,
+            "subject": self.subject,
+            "replications": self.count,
+            "claims": [
+                {
+                    "claim": claim.claim,
+                    "summary": claim.summary(),
+                    "conflict": claim.conflict,
+                    "verdicts": [
+                        {
+                            "verdict": v.verdict,
+                            "scale": v.scale,
+                            "signer": v.signer,
+                            "manifest_sha256": v.manifest_sha256,
+                        }
+                        for v in claim.verdicts
+                    ],
+                }
+                for claim in self.claims
+            ],
+        }
+
+
+def side_by_side(bundles: Iterable[Mapping[str, bytes]], *, trusted: KeySet) -> SideBySide:
+    """Merge the replications of one paper: any order and any duplication of bundles gives the same result.
+
+    A bundle counts once, by its manifest. Its signer is the key under which its envelope verifies, `unsigned` or
+    `unverified` (no key at hand). Raises InvalidError where a bundle's own checks fail or its paper is another one.
+    """
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    subject: str | None = None
+    for files in bundles:
+        verification = verify_replication(files, trusted=trusted)
+        faults = [check.detail for check in verification.checks if check.status == "fail"]
+        if faults:
+            raise InvalidError(f"a replication does not hold: {'; '.join(faults)}")
+        statement = read_statement(files).statement
+        name = statement["subject"][0]["name"]
+        if subject is not None and name != subject:
+            raise InvalidError(f"expected replications of one paper, found {subject} and {name}")
+        subject = name
+        status = {check.status for check in verification.checks if check.code == "envelope_signature"}
+        signer = verification.trust.key_id if "pass" in status else None
+        unsigned = "unsigned" if verification.trust.key_id is None else "unverified"
+        found[statement["predicate"]["manifest_sha256"]] = (statement["predicate"], signer or unsigned)
+    if subject is None:
+        raise MalformedError("expected at least one replication, found none")
+    claims: dict[str, list[ClaimVerdict]] = {}
+    for manifest, (predicate, signer) in sorted(found.items()):
+        for entry in predicate["verdicts"]:
+            verdict = ClaimVerdict(
+                verdict=entry["verdict"], scale=predicate["scale"], signer=signer, manifest_sha256=manifest
+            )
+            claims.setdefault(entry["claim"], []).append(verdict)
+    compared = tuple(ComparedClaim(claim=claim, verdicts=tuple(entries)) for claim, entries in sorted(claims.items()))
+    return SideBySide(subject=subject, count=len(found), claims=compared)

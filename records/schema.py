@@ -48,8 +48,8 @@ def faults(form: str, value: object) -> list[str]:
 def predicate(form: str) -> Predicate:
     """A function that says whether a parsed value fits the schema of `form`: what jsonschema says, without the reasons.
 
-    It exists for bulk verification, where jsonschema would take most of the time, and is compiled from the same file; the
-    tests hold it against jsonschema. Only the keywords that the file uses are known, any other is an error here.
+    It exists for bulk verification, where jsonschema would take most of the time, and is compiled from the same file;
+    the tests hold it against jsonschema. Only the keywords that the file uses are known, any other is an error here.
     """
     definitions = json.loads(FILE.read_bytes())["$defs"]
     return _compiled({"$ref": f"#/$defs/{form}"}, definitions)

@@ -119,6 +119,9 @@ def _dispatch(target: str, resolver: "Resolver", bundles: list[Any] | None) -> "
     scheme = target.partition(":")[0].lower() if ":" in target else ""
     if scheme in ("https", "http"):
         answer = resolver.client.get(target)
+        if answer.content_type.startswith("text/html") and _asked_by_url(target):
+            # The page of a number, the registry's or a mirror's: its bundle lies beside it.
+            answer = resolver.client.get(target.split("?")[0].rstrip("/").removesuffix("/index.html") + "/bundle.json")
         if answer.status != 200:
             from records.errors import NetworkError
 

@@ -123,7 +123,10 @@ def test_the_minimum_is_a_record_and_a_hash_or_a_number(verify: Verify, signed: 
 
 def test_a_hash_without_its_record_shows_nothing(verify: Verify, signed: dict[str, Any]) -> None:
     """Number and receipt follow from the hash, but what was hashed is not there to see."""
-    listing = {"canonical_record": None, **{name: signed[name] for name in ("canonical_sha256", "pith_number", "receipt")}}
+    listing = {
+        "canonical_record": None,
+        **{name: signed[name] for name in ("canonical_sha256", "pith_number", "receipt")},
+    }
     found = verify(listing)
     assert found.state == "indeterminate" and status(found, "receipt_signature") == "pass"
     listing["pith_number"] = "pith:2025:IV7VH3NCTL2M6JAD44FIMISHCY"
