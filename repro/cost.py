@@ -16,9 +16,10 @@ class _Rates:
     expert: float  # seconds a step, layer and expert
 
 
-# CPU: fitted to `repro bench train` at d 64 to 256 and E 4 to 64, one thread.
-_CPU = _Rates(flops=60e9, layer=2.5e-3, expert=5e-5)
+# CPU: fitted to `repro bench train` (d 64 and 128, E 4 to 64, one thread); GPU: a guess until one was at hand.
+_CPU = _Rates(flops=71e9, layer=4e-3, expert=4e-5)
 _GPU = _Rates(flops=250e12, layer=1.5e-3, expert=0.0)
+TASK_SECONDS = 0.4  # a worker's start, its corpus and its checks
 _PROCESS_BYTES = 450 * 2**20  # the interpreter with torch loaded
 
 

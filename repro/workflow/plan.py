@@ -262,14 +262,14 @@ class Estimate:
 
 def estimate(plan: Mapping[str, Any], *, workers: int) -> Estimate:
     """Cost of a plan from the model's FLOP accounting and a rate measured on the scale's hardware."""
-    from repro.cost import measure_seconds, peak_memory, step_seconds
+    from repro.cost import TASK_SECONDS, measure_seconds, peak_memory, step_seconds
     from repro.model import ModelConfig, accounting
 
     arms = jobs(plan)
     unique = {segment.digest: segment for arm in arms for segment in arm.segments}
     measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
     device = plan["environment"]["device"]
-    seconds, flops, memory = 0.0, 0.0, 0
+    seconds, flops, memory = TASK_SECONDS * (len(unique) + len(arms)), 0.0, 0
     for segment in unique.values():
         model = decode(ModelConfig, segment.config["model"])
         train = segment.config["train"]

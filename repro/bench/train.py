@@ -1,0 +1,162 @@
+"""How fast training is, by size of the model, and how little a step slows as experts are added.
+
+- for each size: tokens/s, model FLOPs utilisation, peak memory, and the share of a step that the optimizer takes
+- for each number of experts at fixed k: the step's time against that of the fewest experts, side by side
+
+Model FLOPs are those of `repro.model.accounting`; utilisation is their rate over the rate of one large square GEMM in the
+same precision, measured in the same run. Ratios are taken within a round, whose order alternates, and given as the median
+with the quartiles over rounds.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from records.errors import UsageError
+from repro.data.batches import Batches
+from repro.data.corpus import load
+from repro.environment import set_deterministic
+from repro.model import ModelConfig, Transformer, accounting
+from repro.train import Mechanism, TrainConfig, make_optimizer, training_step
+
+_NANO = ModelConfig(d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128)
+_MICRO = ModelConfig(d_model=128, d_expert=64, num_layers=4, num_heads=4, num_experts=16, top_k=2, context=128)
+# About 150M parameters in all and 30M active: what one GPU trains at the scale `small`.
+_SMALL = ModelConfig(d_model=512, d_expert=512, num_layers=6, num_heads=8, num_experts=32, top_k=4, context=1024)
+
+_SIZES: dict[str, dict[str, tuple[ModelConfig, int]]] = {
+    "cpu": {"nano": (_NANO, 8), "micro": (_MICRO, 16)},
+    "cuda": {"nano": (_NANO, 8), "small": (_SMALL, 32)},
+}
+_CURVE = {"cpu": (_NANO, 8, (4, 8, 16, 32, 64)), "cuda": (_SMALL, 32, (8, 16, 32, 64, 128, 256))}
+
+
+def measure(*, device: str = "cpu", rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+    """Everything above, as data that `repro bench train` prints.
+
+    Args:
+        device: cpu (one thread, float32) or cuda (bfloat16).
+        rounds: how often each size is measured, in alternating order.
+        steps: training steps a round.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if device not in _SIZES or (device == "cuda" and not torch.cuda.device_count()):
+        raise UsageError(f"bench train: expected the device cpu, or cuda on a machine with a GPU, found {device!r}")
+    set_deterministic()
+    sizes = {name: _Trainer(model, batch, device) for name, (model, batch) in _SIZES[device].items()}
+    ceiling = _gemm_rate(device)
+    results = []
+    for name, trainer in sizes.items():
+        seconds = [trainer.seconds(steps) for _ in range(rounds)]
+        step = statistics.median(seconds)
+        cost = accounting(trainer.model.config)
+        results.append(
+            {
+                "size": name,
+                "parameters": cost.total,
+                "active": cost.active,
+                "tokens_a_step": trainer.tokens,
+                "tokens_per_second": trainer.tokens / step,
+                "seconds_a_step": _spread(seconds),
+                "flops_utilisation": cost.flops_training * trainer.tokens / step / ceiling,
+                "optimizer_share": trainer.optimizer_seconds(steps) / step,
+                "peak_bytes": _peak_bytes(device),
+            }
+        )
+    return {
+        "schema": "repro.bench-train/v1",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, one thread",
+        "torch": torch.__version__,
+        "gemm_flops": ceiling,
+        "sizes": results,
+        "experts": _expert_curve(device, rounds, steps),
+    }
+
+
+def _expert_curve(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Step time against the number of experts at fixed k, relative to the fewest, within each round."""
+    config, batch, counts = _CURVE[device]
+    trainers = {count: _Trainer(replace(config, num_experts=count), batch, device) for count in counts}
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(rounds):
+        for count in counts if number % 2 else reversed(counts):
+            times[count].append(trainers[count].seconds(steps))
+    first = times[counts[0]]
+    return [
+        {
+            "num_experts": count,
+            "seconds_a_step": _spread(times[count]),
+            "ratio": _spread([a / b for a, b in zip(times[count], first, strict=True)]),
+        }
+        for count in counts
+    ]
+
+
+class _Trainer:
+    """A model, its optimizer and real batches, ready to be stepped and timed."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: str) -> None:
+        precision = "bfloat16" if device == "cuda" else "float32"
+        self.train = TrainConfig(steps=1, batch=batch, context=config.context, lr=1e-3, precision=precision)
+        self.model = Transformer(config).to(device)
+        self.optimizer = make_optimizer(self.model, self.train)
+        self.tokens = batch * config.context
+        self._batches = Batches(data=load("stdlib").train, batch=batch, context=config.context, seed=0)
+        self._device, self._step = device, 0
+        self.seconds(3)  # allocations, and on a GPU compilation, happen here
+
+    def seconds(self, steps: int) -> float:
+        """Seconds a step, batches included."""
+        return _timed(self._device, lambda: self._train(steps)) / steps
+
+    def optimizer_seconds(self, steps: int) -> float:
+        """Seconds of the optimizer's part of a step, on the gradients at hand."""
+        return _timed(self._device, lambda: [self.optimizer.step() for _ in range(steps)]) / steps
+
+    def _train(self, steps: int) -> None:
+        for _ in range(steps):
+            tokens_BS, targets_BS = (part.to(self._device) for part in self._batches.at(self._step))
+            training_step(
+                self.model, self.optimizer, self.train, tokens_BS, targets_BS, Mechanism(), self._step, seed=0
+            )
+            self._step += 1
+
+
+def _timed(device: str, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes: of this thread on a CPU, so that other processes' turns do not count."""
+    if device == "cpu":
+        began = time.thread_time()
+        work()
+        return time.thread_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _gemm_rate(device: str) -> float:
+    """FLOP/s of one large GEMM in the precision that training uses."""
+    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    a @ a
+    seconds = [_timed(device, lambda: [a @ a for _ in range(5)]) / 5 for _ in range(5)]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
