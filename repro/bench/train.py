@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -103,7 +103,7 @@ class _Trainer:
     """A model, its optimizer and real batches, ready to be stepped and timed."""
 
     def __init__(self, config: ModelConfig, batch: int, device: str) -> None:
-        precision = "bfloat16" if device == "cuda" else "float32"
+        precision: Literal["bfloat16", "float32"] = "bfloat16" if device == "cuda" else "float32"
         self.train = TrainConfig(steps=1, batch=batch, context=config.context, lr=1e-3, precision=precision)
         self.model = Transformer(config).to(device)
         self.optimizer = make_optimizer(self.model, self.train)

@@ -24,7 +24,7 @@ def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping
                 numbers = (first["effect"], *first["interval"])
                 effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(first["test"]))
             lines.append(
-                f"| {slug} | {verdict['claim']} {titles[verdict['claim']]} | **{verdict['verdict'].replace('_', ' ')}** "
+                f"| {slug} | {verdict['claim']} {_escape(titles[verdict['claim']])} | **{verdict['verdict'].replace('_', ' ')}** "
                 f"| {plan['scale']}, {len(plan['seeds'])} seeds | {effect} | [{path.name}]({path}) |"
             )
     return "\n".join(lines)

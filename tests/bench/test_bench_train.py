@@ -1,0 +1,26 @@
+"""`repro bench train` in its smallest form: that it measures what it says, not how fast this machine is."""
+
+import pytest
+
+from records.errors import UsageError
+from repro.bench import train
+from repro.model import ModelConfig
+
+
+def test_every_figure_is_there_and_the_fewest_experts_are_the_unit(monkeypatch):
+    tiny = ModelConfig(d_model=16, d_expert=8, num_layers=1, num_heads=2, num_experts=4, top_k=2, context=16)
+    monkeypatch.setitem(train._SIZES, "cpu", {"tiny": (tiny, 2)})
+    monkeypatch.setitem(train._CURVE, "cpu", (tiny, 2, (2, 4)))
+    result = train.measure(rounds=2, steps=1)
+    (size,) = result["sizes"]
+    assert size["tokens_a_step"] == 32
+    assert size["tokens_per_second"] == pytest.approx(32 / size["seconds_a_step"]["median"])
+    assert 0 < size["optimizer_share"]
+    assert 0 < size["flops_utilisation"] < 1
+    assert [row["num_experts"] for row in result["experts"]] == [2, 4]
+    assert result["experts"][0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(UsageError, match="found 'tpu'"):
+        train.measure(device="tpu")
