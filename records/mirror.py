@@ -30,7 +30,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding
 h1{font-size:1.5rem;line-height:1.25;margin-bottom:.25rem}h2{font-size:1.1rem;margin-top:2rem}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.35rem
-.6rem;border-bottom:1px solid var(--line)} .pass{color:var(--pass)}.fail{color:var(--fail)}.skip{color:var(--skip)}
+.6rem;border-bottom:1px solid var(--line)} td{overflow-wrap:anywhere}.code,.code code{white-space:nowrap;overflow-wrap:normal}
+.pass{color:var(--pass)}.fail{color:var(--fail)}.skip{color:var(--skip)}
 """
 
 
@@ -156,7 +157,7 @@ def _number_page(page: Page, found: Verification, title: str, base_url: str) -> 
     number = found.pith_number or ""
     suffix, source = number[-SUFFIX_LENGTH:], page.document["canonical_record"]["source"]
     rows = "".join(
-        f'<tr><td class="{check.status}">{check.status}</td><td><code>{check.code}</code></td><td>{_e(check.detail)}</td></tr>'
+        f'<tr><td class="{check.status}">{check.status}</td><td class="code"><code>{check.code}</code></td><td>{_e(check.detail)}</td></tr>'
         for check in found.checks
     )
     parts = [
