@@ -30,7 +30,9 @@ from records.errors import InvalidError, UsageError
 from repro.config import decimal_string
 from repro.data.batches import Batches, prefetch
 from repro.model import ModelConfig, ModelOutput, Transformer
-from repro.moe import NonFiniteError, RoutingRule, balance_loss
+from repro.moe import MoE, NonFiniteError, RoutingRule, balance_loss
+from repro.moe.growth import Growth, grow, grow_state, utility
+from repro.seeds import derive
 from repro.trace import TraceWriter, check_chain
 
 Progress = Callable[[int, int], None]
@@ -44,6 +46,9 @@ class TrainConfig:
     `warmup` steps rise linearly from 0; `wsd` then holds the peak and falls linearly to `final_lr` × peak over the last
     `decay` share of the steps, `cosine` falls along a half cosine from the end of the warm-up, `constant` stays.
     `clip` bounds the gradient's norm (0: no bound); `balance` weighs the load-balance loss, averaged over layers.
+    `bias_rate` moves each expert's selection bias by so much a step against its load (loss-free balancing, arXiv
+    2408.15664; the model needs a selection bias). `first_step` is the step of the corpus that the segment starts at, so
+    that a later segment sees new text.
     With `bfloat16` the matrix products are in that precision and accumulate in float32; weights stay float32.
     """
 
@@ -60,6 +65,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     balance: float = 0.01
+    bias_rate: float = 0.0
+    first_step: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     trace_every: int = 10
     hash_every: int = 200
@@ -84,6 +91,7 @@ class Segment:
     """A piece of training: model, corpus, training and the paper's mechanism (data for its `mechanism` function).
 
     `inherit` says what comes from the segment before: `nothing`, `weights`, or `all` (weights and optimizer state).
+    `growth`, if given, makes this segment's larger expert pool out of the inherited one.
     """
 
     model: ModelConfig
@@ -91,6 +99,21 @@ class Segment:
     corpus: str
     mechanism: Mapping[str, Any] = field(default_factory=dict)
     inherit: Literal["nothing", "weights", "all"] = "nothing"
+    growth: Growth | None = None
+
+    def __post_init__(self) -> None:
+        if self.growth and self.inherit == "nothing":
+            raise ValueError("growth: nothing to grow; inherit weights, or all")
+        if self.train.bias_rate and not self.model.selection_bias:
+            raise ValueError("bias_rate: expected a model with a selection bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """The finished segment before: its folder and its model's config."""
+
+    folder: Path
+    model: ModelConfig
 
 
 class Mechanism:
@@ -149,7 +172,7 @@ def train_segment(
     folder: Path,
     genesis: str,
     device: str = "cpu",
-    parent: Path | None = None,
+    parent: Parent | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """Trains `segment` in `folder`, from its last checkpoint if there is one, and returns the trained model.
@@ -170,11 +193,11 @@ def train_segment(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
-            start, lines = _load(checkpoint, model, optimizer, genesis=genesis)
+            start, lines, _ = _load(checkpoint, model, optimizer, genesis=genesis)
         elif segment.inherit != "nothing":
             if parent is None:
                 raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")
-            _load(parent / "final.safetensors", model, optimizer if segment.inherit == "all" else None, genesis=None)
+            _inherit(segment, model, optimizer, parent, batches, seed)
         timing_mode = "a" if start else "w"
         with (
             TraceWriter(folder / "trace.jsonl", genesis, keep=lines) as trace,
@@ -223,7 +246,59 @@ def training_step(
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
     optimizer.step()
+    if config.bias_rate:
+        _balance_biases(model, output, config.bias_rate)
     return cross_entropy.detach(), norm
+
+
+@torch.no_grad()
+def _balance_biases(model: Transformer, output: ModelOutput, rate: float) -> None:
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer, router in zip(layers, output.routers, strict=True):
+        assert layer.bias_E is not None
+        load_E = router.routing.load_E.to(layer.bias_E.dtype)
+        layer.bias_E += rate * torch.sign(load_E.mean() - load_E)
+
+
+def _inherit(
+    segment: Segment, model: Transformer, optimizer: torch.optim.AdamW, parent: Parent, batches: Batches, seed: int
+) -> None:
+    """Puts the parent's weights, and optimizer state if asked for, into `model`, growing its expert pool on the way."""
+    path = parent.folder / "final.safetensors"
+    if segment.growth is None:
+        _load(path, model, optimizer if segment.inherit == "all" else None, genesis=None)
+        return
+    old = Transformer(parent.model).to(next(model.parameters()).device)
+    tensors = _load(path, old, None, genesis=None)[2]
+    scores = _utilities(old, segment, batches) if segment.growth.allocation == "utility" else None
+    generator = torch.Generator().manual_seed(derive(seed, "growth"))
+    lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
+    if segment.inherit == "all":
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {
+                key: grow_state(name, tensors[f"optimizer.{key}.{name}"], lineages).to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+_UTILITY_BATCHES = 10  # arXiv 2604.19835: gradients are averaged over 10 batches at the transition
+
+
+def _utilities(old: Transformer, segment: Segment, batches: Batches) -> dict[str, Tensor]:
+    """Utility of every expert by layer name, on the first batches of the segment."""
+    assert segment.growth
+    layers = {name: module for name, module in old.named_modules() if isinstance(module, MoE)}
+    gradients: dict[str, list[dict[str, Tensor]]] = {name: [] for name in layers}
+    for step in range(_UTILITY_BATCHES):
+        tokens_BS, targets_BS = batches.at(segment.train.first_step + step)
+        logits_BSV = old(tokens_BS.to(old.embedding_VD.device)).logits_BSV
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.to(logits_BSV.device).flatten())
+        old.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, layer in layers.items():
+            pair = {"w_up_EDF": layer.w_up_EDF.grad, "w_down_EFD": layer.w_down_EFD.grad}
+            gradients[name].append({leaf: grad.cpu() for leaf, grad in pair.items() if grad is not None})
+    return {name: utility(layer, gradients[name], segment.growth.score) for name, layer in layers.items()}
 
 
 def _steps(
@@ -247,7 +322,10 @@ def _steps(
     losses: list[Tensor] = []
     clock = time.perf_counter()
     model.train()
-    for step, (tokens_BS, targets_BS) in prefetch(batches, range(start, config.steps), device):
+    for place, (tokens_BS, targets_BS) in prefetch(
+        batches, range(config.first_step + start, config.first_step + config.steps), device
+    ):
+        step = place - config.first_step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         try:
@@ -312,8 +390,8 @@ def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step:
 
 def _load(
     path: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str | None
-) -> tuple[int, int]:
-    """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on)."""
+) -> tuple[int, int, dict[str, Tensor]]:
+    """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on, all its tensors)."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("repro", "{}"))
@@ -336,7 +414,7 @@ def _load(
             }
             if state:
                 optimizer.state[parameter] = state
-    return metadata["step"], metadata["lines"]
+    return metadata["step"], metadata["lines"], tensors
 
 
 def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "cpu") -> tuple[Transformer, str]:

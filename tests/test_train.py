@@ -18,9 +18,11 @@ from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.model import ModelConfig, Transformer
+from repro.moe.growth import Growth
 from repro.trace import check_chain, genesis
 from repro.train import (
     Mechanism,
+    Parent,
     Segment,
     TrainConfig,
     learning_rate,
@@ -192,7 +194,7 @@ def test_an_inheriting_segment_goes_on_from_the_one_before(tmp_path):
     train(tmp_path / "first")
     for inherit, same in (("weights", True), ("all", True), ("nothing", False)):
         segment = replace(SEGMENT, inherit=inherit, train=replace(SEGMENT.train, lr=0.0, warmup=0))
-        model = train(tmp_path / inherit, segment, parent=tmp_path / "first")
+        model = train(tmp_path / inherit, segment, parent=Parent(folder=tmp_path / "first", model=SEGMENT.model))
         first = load_final(SEGMENT, tmp_path / "first", genesis=START)[0]
         assert (weights_digest(model) == weights_digest(first)) is same
     with pytest.raises(UsageError, match="needs one before it"):
@@ -202,7 +204,11 @@ def test_an_inheriting_segment_goes_on_from_the_one_before(tmp_path):
 def test_inheriting_all_keeps_the_optimizer_and_weights_alone_reset_it(tmp_path):
     train(tmp_path / "first")
     for inherit in ("weights", "all"):
-        train(tmp_path / inherit, replace(SEGMENT, inherit=inherit), parent=tmp_path / "first")
+        train(
+            tmp_path / inherit,
+            replace(SEGMENT, inherit=inherit),
+            parent=Parent(folder=tmp_path / "first", model=SEGMENT.model),
+        )
     traces = [(tmp_path / name / "trace.jsonl").read_bytes() for name in ("weights", "all")]
     assert traces[0] != traces[1]
 
@@ -259,4 +265,76 @@ def test_golden_weights():
     """
     model = Transformer(SEGMENT.model)
     model.init_weights(0)
-    assert weights_digest(model) == "2638452b62d61db8d06e949e30dc30fde120f46a37cb20fbb73ef9bdcb8f6fbb"
+    assert weights_digest(model) == "7995d6c7239af117754bd9fdb6b1e16dc284cf44c4247977debe5246d599c65d"
+
+
+GROWN = replace(
+    SEGMENT,
+    model=replace(SEGMENT.model, num_experts=8, selection_bias=True),
+    train=replace(SEGMENT.train, steps=20, first_step=40, bias_rate=1e-3),
+    inherit="weights",
+    growth=Growth(bias_noise=1e-3),
+)
+SOURCE = replace(
+    SEGMENT, model=replace(SEGMENT.model, selection_bias=True), train=replace(SEGMENT.train, bias_rate=1e-3)
+)
+
+
+@pytest.mark.parametrize("inherit", ["weights", "all"])
+@pytest.mark.parametrize("allocation", ["uniform", "utility"])
+def test_a_segment_grows_the_pool_it_inherits_and_resumes_bit_for_bit(tmp_path, inherit, allocation):
+    train(tmp_path / "source", SOURCE)
+    parent = Parent(folder=tmp_path / "source", model=SOURCE.model)
+    segment = replace(GROWN, inherit=inherit, growth=replace(GROWN.growth, allocation=allocation))
+    model = train(tmp_path / "whole", segment, parent=parent)
+    assert model.blocks[0].ffn.w_up_EDF.shape[0] == 8
+
+    def stop(steps: int, tokens: int) -> None:
+        if steps == 15:
+            raise _InterruptError
+
+    with pytest.raises(_InterruptError):
+        train(tmp_path / "cut", segment, parent=parent, progress=stop)
+    train(tmp_path / "cut", segment, parent=parent)
+    for name in ("trace.jsonl", "final.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_segment_sees_the_text_after_the_first(tmp_path):
+    """Growing by nothing, with the optimizer kept, at a constant rate, is the run that was never cut in two."""
+    constant = replace(SEGMENT.train, schedule="constant", warmup=0)
+    train(tmp_path / "whole", replace(SEGMENT, train=constant))
+    train(tmp_path / "first", replace(SEGMENT, train=replace(constant, steps=20)))
+    second = replace(
+        SEGMENT, train=replace(constant, steps=20, first_step=20), inherit="all", growth=Growth(allocation="utility")
+    )
+    parent = Parent(folder=tmp_path / "first", model=SEGMENT.model)
+    model = train(tmp_path / "second", second, parent=parent)
+    assert trace(tmp_path / "whole")[-1]["weights"] == weights_digest(model)
+
+
+def test_loss_free_balancing_evens_the_load_out(tmp_path):
+    """Without it, or a balance loss, a few experts take most tokens; with it the largest share comes down."""
+
+    def largest_share(model: Transformer) -> float:
+        tokens, _ = batches().at(1000)
+        load_E = model(tokens).routers[0].routing.load_E.double()
+        return float(load_E.max() / load_E.sum())
+
+    plain = replace(SOURCE, train=replace(SOURCE.train, steps=200, balance=0.0, bias_rate=0.0))
+    balanced = replace(plain, train=replace(plain.train, bias_rate=1e-2))
+    shares = [largest_share(train(tmp_path / name, s)) for name, s in (("plain", plain), ("balanced", balanced))]
+    assert shares[1] < shares[0]
+    assert shares[1] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"growth": Growth()}, "nothing to grow"),
+        ({"train": replace(SEGMENT.train, bias_rate=1e-3)}, "expected a model with a selection bias"),
+    ],
+)
+def test_an_impossible_segment_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SEGMENT, **change)

@@ -17,8 +17,9 @@ from repro.config import decimal_string, decode
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
+from repro.model import ModelConfig
 from repro.trace import TraceWriter, check_chain, genesis
-from repro.train import Segment, load_final, train_segment
+from repro.train import Parent, Segment, load_final, train_segment
 from repro.workflow.plan import ArmJob, jobs, paper_module, plan_digest
 
 _PROGRESS_SECONDS = 0.2
@@ -65,7 +66,9 @@ def _corpus(plan: Mapping[str, Any], name: str) -> corpus.Corpus:
     """The corpus, if it is still the one of the plan: runs over different text are never compared."""
     text = corpus.load(name)
     if text.digest != plan["corpora"][name]:
-        raise InvalidError(f"corpus {name}: expected the digest {plan['corpora'][name][:12]}…, found {text.digest[:12]}…")
+        raise InvalidError(
+            f"corpus {name}: expected the digest {plan['corpora'][name][:12]}…, found {text.digest[:12]}…"
+        )
     return text
 
 
@@ -93,7 +96,9 @@ def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe
             folder=folder / work.folder,
             genesis=genesis(plan_digest(plan), work.digest),
             device=_torch_device(plan),
-            parent=folder / parent.folder if parent else None,
+            parent=Parent(folder=folder / parent.folder, model=decode(ModelConfig, parent.config["model"]))
+            if parent
+            else None,
             progress=progress,
         )
 
