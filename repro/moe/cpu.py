@@ -1,107 +1,127 @@
 """The CPU backend: one custom autograd Function that takes the experts in blocks small enough for the cache.
 
-A block's rows are gathered, go up through one GEMM an expert, through SwiGLU, down through another, and are added to their
-tokens in the order of the experts; at sizes where the calls themselves would cost more than the arithmetic, all experts are
-one block. The size of a block follows from the shapes alone, so equal inputs take equal paths: no result depends on timing.
+A block's rows are gathered, go up through one GEMM an expert, through SwiGLU, down through another, and are added to
+their tokens in the order of the experts. Nothing the size of all assignments is allocated: at the sizes that matter
+the page faults of a fresh buffer cost as much as the GEMM that fills it. Where all assignments fit the cache at once,
+the calls would cost more than the arithmetic, and `repro.moe.grouped`, with its few large steps, takes over. Which
+way, and the size of a block, follow from the shapes alone, so equal inputs take equal paths: no result depends on
+timing.
 
-Saved for the backward: x, the pre-activation and the routing; the activation is computed again. With A = silu(g)⊙u, s the
-weight of an assignment, and dO the gradient of its unweighted output (its token's dy):
+Saved for the backward: x, the pre-activation and the routing; the activation is computed again. With A = silu(g)⊙u, s
+the weight of an assignment, and dO the gradient of its unweighted output (its token's dy):
 
-    dA' = dO·Wdᵀ    ds = ⟨dA', A⟩    dA = s·dA'    dWd = (s·A)ᵀ·dO    dWu = xᵀ·dH    dx = Σ over its assignments of dH·Wuᵀ
+    dA' = dO·Wdᵀ    ds = ⟨dA', A⟩    dA = s·dA'    dWd = (s·A)ᵀ·dO    dWu = xᵀ·dH    dx = Σ over its assignments of
+    dH·Wuᵀ
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
+from repro.moe import grouped
+from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
 
-# Bytes of rows (x, pre-activation, activation) in a block: what a core's second-level cache holds beside the weights.
-_BLOCK_BYTES = 3 << 19
+# Bytes of rows (x, pre-activation and activation together) in a block, and those up to which all rows go at once:
+# measured on a core with 2 MiB of second-level cache, where half and twice as much differ by less than the noise.
+_BLOCK_BYTES = 3 << 20
+_ALL_BYTES = 12 << 20
 
 
 def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
-    """Weighted sum (T, D) of each token's experts; see `repro.moe.experts`."""
+    """Weighted sum (T, D) of each token's experts; see `repro.moe.experts`. Raises `RoutingError` off the CPU."""
+    if x_TD.device.type != "cpu":
+        raise RoutingError(
+            f"backend cpu: expected tensors on the CPU, found them on {x_TD.device}; use the backend auto"
+        )
+    F, D = w_down_EFD.shape[1:]
+    row_bytes = x_TD.element_size() * (D + 3 * F)
+    if routing.token_N.numel() * row_bytes <= _ALL_BYTES and grouped.supports(x_TD, w_down_EFD):
+        return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    blocks = _blocks(routing.by_expert.tolist(), _BLOCK_BYTES // row_bytes)
     y_TD: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-        x_TD, routing.weight_N, w_up_EDF, w_down_EFD, routing
+        x_TD, routing.weight_N, w_up_EDF, w_down_EFD, routing, blocks
     )
     return y_TD
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Experts `first:last`, and where each one's rows end; `start:stop` are the block's rows in expert-major order."""
+    """A run of experts: its rows `start:stop` in expert-major order, and each busy expert's number and row count."""
 
-    first: int
-    last: int
     start: int
     stop: int
-    ends: list[int]
-    ends_E: Tensor | None  # the same for torch's grouped GEMM, where that is the better way
+    experts: list[int]
+    counts: list[int]
 
 
-def _blocks(routing: Routing, row_bytes: int, grouped: bool) -> list[_Block]:
-    """Equal runs of experts, sized for even loads; runs with no rows are left out."""
-    bounds = routing.by_expert.tolist()
-    E, N = routing.num_experts, bounds[-1]
-    size = max(1, min(E, E * _BLOCK_BYTES // max(1, N * row_bytes)))
+def _blocks(bounds: list[int], rows: int) -> list[_Block]:
+    """Runs of as many experts as would fill `rows` rows at even load; experts with no rows are in none."""
+    E, N = len(bounds) - 1, bounds[-1]
+    size = max(1, E * rows // N)
     blocks = []
     for first in range(0, E, size):
-        last = min(first + size, E)
-        if bounds[last] > bounds[first]:
-            ends = [end - bounds[first] for end in bounds[first + 1 : last + 1]]
-            ends_E = routing.by_expert[1:].to(torch.int32) if grouped and size == E else None
-            blocks.append(_Block(first, last, bounds[first], bounds[last], ends, ends_E))
+        run = range(first, min(first + size, E))
+        busy = [expert for expert in run if bounds[expert + 1] > bounds[expert]]
+        if busy:
+            counts = [bounds[expert + 1] - bounds[expert] for expert in busy]
+            blocks.append(_Block(bounds[run.start], bounds[run.stop], busy, counts))
     return blocks
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_N: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor, routing: Routing
+        ctx: Any,
+        x_TD: Tensor,
+        weight_N: Tensor,
+        w_up_EDF: Tensor,
+        w_down_EFD: Tensor,
+        routing: Routing,
+        blocks: list[_Block],
     ) -> Tensor:
-        D, F = w_up_EDF.shape[1], w_down_EFD.shape[1]
-        # The grouped GEMM wants rows that start at multiples of 16 bytes, and knows no float64.
-        grouped = x_TD.dtype == torch.float32 and D % 4 == F % 4 == 0
-        blocks = _blocks(routing, x_TD.element_size() * (D + 3 * F), grouped)
+        F, D = w_down_EFD.shape[1:]
         rows_N = routing.token_N[routing.order_N]
         s_N1 = weight_N[routing.order_N].to(x_TD.dtype)[:, None]
-        widest = max(block.stop - block.start for block in blocks)
-        x_buffer, a_buffer, out_buffer = (x_TD.new_empty(widest, width) for width in (D, F, D))
-        sums = _TokenSums(x_TD, routing, len(blocks) == 1)
+        ups, downs = w_up_EDF.unbind(), w_down_EFD.unbind()
+        x_buffer, a_buffer, out_buffer = _buffers(x_TD, blocks, (D, F, D))
+        y_TD = torch.zeros_like(x_TD)
         saved_h = []
         for block in blocks:
             n = block.stop - block.start
-            rows = rows_N[block.start : block.stop]
+            rows, s_n1 = rows_N[block.start : block.stop], s_N1[block.start : block.stop]
             x_ND = torch.index_select(x_TD, 0, rows, out=x_buffer[:n])
-            h_NF = _times(x_ND, w_up_EDF, block, None)
+            h_NF = _times(x_ND, ups, block, x_TD.new_empty(n, 2 * F))
             gate, up = h_NF.chunk(2, dim=1)
-            a_NF = torch.ops.aten.silu.out(gate, out=a_buffer[:n]).mul_(up).mul_(s_N1[block.start : block.stop])
-            sums.add(_times(a_NF, w_down_EFD, block, out_buffer[:n]), rows)
+            a_NF = torch.ops.aten.silu.out(gate, out=a_buffer[:n]).mul_(up).mul_(s_n1)
+            # Every token is at most once among an expert's rows, so this adds in the order of the experts.
+            y_TD.index_add_(0, rows, _times(a_NF, downs, block, out_buffer[:n]))
             saved_h.append(h_NF)
-        ctx.save_for_backward(x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, *saved_h)
-        ctx.routing, ctx.blocks, ctx.weight_dtype = routing, blocks, weight_N.dtype
-        return sums.y_TD
+        ctx.save_for_backward(x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, routing.order_N, *saved_h)
+        ctx.blocks, ctx.weight_dtype = blocks, weight_N.dtype
+        return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TD,) = grads
-        x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, *saved_h = ctx.saved_tensors
+        x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, order_N, *saved_h = ctx.saved_tensors
         need_x, need_s, need_up, need_down = ctx.needs_input_grad[:4]
         blocks: list[_Block] = ctx.blocks
-        D, F = w_up_EDF.shape[1], w_down_EFD.shape[1]
-        widest = max(block.stop - block.start for block in blocks)
-        row_buffer, dh_buffer, silu_buffer, a_buffer, da_buffer, do_buffer = (
-            x_TD.new_empty(widest, width) for width in (D, 2 * F, F, F, F, D)
+        F, D = w_down_EFD.shape[1:]
+        ups = w_up_EDF.transpose(1, 2).unbind()
+        downs = w_down_EFD.transpose(1, 2).unbind()
+        x_buffer, dh_buffer, silu_buffer, a_buffer, da_buffer, do_buffer = _buffers(
+            x_TD, blocks, (D, 2 * F, F, F, F, D)
         )
+        dx_TD = torch.zeros_like(x_TD) if need_x else None
+        ds_N = torch.empty_like(s_N1[:, 0]) if need_s else None
         dw_up_EDF = _gradient_like(w_up_EDF, blocks) if need_up else None
         dw_down_EFD = _gradient_like(w_down_EFD, blocks) if need_down else None
-        ds_N = torch.empty_like(s_N1[:, 0]) if need_s else None
-        dx_sums = _TokenSums(x_TD, ctx.routing, len(blocks) == 1) if need_x else None
-        w_down_EDF, w_up_EFD = w_down_EFD.transpose(1, 2), w_up_EDF.transpose(1, 2)
+        dups = dw_up_EDF.unbind() if dw_up_EDF is not None else ()
+        ddowns = dw_down_EFD.unbind() if dw_down_EFD is not None else ()
         for block, h_NF in zip(blocks, saved_h, strict=True):
             n = block.stop - block.start
             rows, s_n1 = rows_N[block.start : block.stop], s_N1[block.start : block.stop]
@@ -110,84 +130,50 @@ class _Experts(torch.autograd.Function):
             silu_NF = torch.ops.aten.silu.out(gate, out=silu_buffer[:n])
             a_NF = torch.mul(silu_NF, up, out=a_buffer[:n])
             if need_x or need_s or need_up:
-                da_NF = _times(do_ND, w_down_EDF, block, da_buffer[:n])
+                da_NF = _times(do_ND, downs, block, da_buffer[:n])
             if ds_N is not None:
                 torch.linalg.vecdot(da_NF, a_NF, out=ds_N[block.start : block.stop])
-            if dw_down_EFD is not None:
-                dw_down_EFD = _gradient(a_NF.mul_(s_n1), do_ND, block, dw_down_EFD)
+            if ddowns:
+                _gradient(a_NF.mul_(s_n1), do_ND, block, ddowns)
             if need_x or need_up:
                 dh_NF = dh_buffer[:n]
                 dgate, dup = dh_NF.chunk(2, dim=1)
                 torch.mul(da_NF.mul_(s_n1), silu_NF, out=dup)
                 torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up), gate, grad_input=dgate)
-            if dw_up_EDF is not None:
-                x_ND = torch.index_select(x_TD, 0, rows, out=row_buffer[:n])
-                dw_up_EDF = _gradient(x_ND, dh_NF, block, dw_up_EDF)
-            if dx_sums is not None:
-                dx_sums.add(_times(dh_NF, w_up_EFD, block, row_buffer[:n]), rows)
+            if dups:
+                _gradient(torch.index_select(x_TD, 0, rows, out=x_buffer[:n]), dh_NF, block, dups)
+            if dx_TD is not None:
+                dx_TD.index_add_(0, rows, _times(dh_NF, ups, block, x_buffer[:n]))
         dweight_N = None
         if ds_N is not None:
-            dweight_N = torch.empty_like(ds_N).index_copy_(0, ctx.routing.order_N, ds_N).to(ctx.weight_dtype)
-        dx_TD = dx_sums.y_TD if dx_sums else None
-        return dx_TD, dweight_N, dw_up_EDF, dw_down_EFD, None
+            dweight_N = torch.empty_like(ds_N).index_copy_(0, order_N, ds_N).to(ctx.weight_dtype)
+        return dx_TD, dweight_N, dw_up_EDF, dw_down_EFD, None, None
 
 
-class _TokenSums:
-    """Sums each token's rows: in slot order if all rows come at once, else expert after expert."""
-
-    def __init__(self, x_TD: Tensor, routing: Routing, at_once: bool) -> None:
-        self.routing = routing
-        self.at_once = at_once
-        if not at_once:
-            self.y_TD = torch.zeros_like(x_TD)
-
-    def add(self, rows_ND: Tensor, tokens_N: Tensor) -> None:
-        if not self.at_once:
-            self.y_TD.index_add_(0, tokens_N, rows_ND)
-            return
-        order_N = self.routing.order_N
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(order_N.numel())
-        self.y_TD = nnf.embedding_bag(place_N, rows_ND, self.routing.by_token, mode="sum", include_last_offset=True)
+def _buffers(like: Tensor, blocks: list[_Block], widths: Sequence[int]) -> list[Tensor]:
+    """Memory for the rows of any one block, at each width; every block uses it again."""
+    most = max(block.stop - block.start for block in blocks)
+    return [like.new_empty(most, width) for width in widths]
 
 
-def _times(a_NI: Tensor, w_EIJ: Tensor, block: _Block, out_NJ: Tensor | None) -> Tensor:
-    """Each expert's rows times its matrix, in `out_NJ` if given and useful."""
-    if block.ends_E is not None:
-        return nnf.grouped_mm(a_NI, w_EIJ, offs=block.ends_E)
-    if out_NJ is None:
-        out_NJ = a_NI.new_empty(a_NI.shape[0], w_EIJ.shape[2])
-    start = 0
-    for expert, end in enumerate(block.ends, block.first):
-        if end > start:
-            torch.mm(a_NI[start:end], w_EIJ[expert], out=out_NJ[start:end])
-        start = end
+def _times(a_NI: Tensor, matrices: Sequence[Tensor], block: _Block, out_NJ: Tensor) -> Tensor:
+    """out = each expert's rows times its matrix."""
+    for expert, rows, out in zip(block.experts, a_NI.split(block.counts), out_NJ.split(block.counts), strict=True):
+        torch.mm(rows, matrices[expert], out=out)
     return out_NJ
 
 
-def _gradient(a_NI: Tensor, b_NJ: Tensor, block: _Block, out_EIJ: Tensor) -> Tensor:
-    """`out_EIJ` with aᵀ·b over each expert's rows written into it."""
-    if block.ends_E is not None:
-        return nnf.grouped_mm(a_NI.t(), b_NJ, offs=block.ends_E)
-    start = 0
-    for expert, end in enumerate(block.ends, block.first):
-        if end > start:
-            torch.mm(a_NI[start:end].t(), b_NJ[start:end], out=out_EIJ[expert])
-        start = end
-    return out_EIJ
+def _gradient(a_NI: Tensor, b_NJ: Tensor, block: _Block, out: Sequence[Tensor]) -> None:
+    """out[e] = aᵀ·b over each expert's rows."""
+    for expert, a, b in zip(block.experts, a_NI.split(block.counts), b_NJ.split(block.counts), strict=True):
+        torch.mm(a.t(), b, out=out[expert])
 
 
 def _gradient_like(w_EIJ: Tensor, blocks: list[_Block]) -> Tensor:
     """Memory for a weight's gradient; only experts with no rows, which nothing will write, are set to zero."""
     out_EIJ = torch.empty_like(w_EIJ)
-    done = 0
-    for block in blocks:
-        out_EIJ[done : block.first].zero_()
-        start = 0
-        for expert, end in enumerate(block.ends, block.first):
-            if end == start:
-                out_EIJ[expert].zero_()
-            start = end
-        done = block.last
-    out_EIJ[done:].zero_()
+    busy = {expert for block in blocks for expert in block.experts}
+    for expert in range(len(w_EIJ)):
+        if expert not in busy:
+            out_EIJ[expert].zero_()
     return out_EIJ

@@ -6,17 +6,14 @@ input-major: the forward GEMMs then read them as they lie. (On the CPU the three
 input-major is also what `grouped_mm` takes with no transposition.)
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from repro.moe import cpu, reference
+from repro.moe import cpu, grouped, reference
 from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
 
-Backend = Literal["auto", "reference", "cpu"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
+BACKENDS = ("auto", "reference", "cpu", "grouped")
 
 
 def apply_experts(
@@ -42,16 +39,20 @@ def apply_experts(
             f"expected a routing of {T} tokens to {E} experts, found one of {routing.num_tokens} to "
             f"{routing.num_experts}"
         )
+    check_backend(backend)
     if routing.token_N.numel() == 0:
         # Nothing to compute; every input stays in the graph, so that its gradient is zero rather than missing.
         return 0 * (x_TD + routing.weight_N.sum() + w_up_EDF.sum() + w_down_EFD.sum())
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        x_TD, w_up_EDF, w_down_EFD = (z.to(torch.get_autocast_dtype(device)) for z in (x_TD, w_up_EDF, w_down_EFD))
     if backend == "auto":
-        backend = "cpu" if x_TD.device.type == "cpu" else "reference"
-    if backend == "reference":
-        return reference.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+        backend = "cpu" if device == "cpu" else "grouped" if grouped.supports(x_TD, w_down_EFD) else "reference"
     if backend == "cpu":
         return cpu.apply(x_TD, routing, w_up_EDF, w_down_EFD)
-    raise RoutingError(f"expected a backend of {', '.join(BACKENDS)}, found {backend!r}")
+    if backend == "grouped":
+        return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    return reference.apply(x_TD, routing, w_up_EDF, w_down_EFD)
 
 
 def check_backend(backend: str) -> None:

@@ -62,10 +62,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+# T, D, F, E; torch's grouped GEMM wants rows of whole 16 bytes.
+SIZES = [(33, 16, 8, 5), (7, 6, 3, 4), (200, 32, 24, 3), (64, 10, 12, 9)]
+CASES = [
+    (backend, size) for backend in FAST for size in SIZES if backend != "grouped" or size[1] % 4 == size[2] % 4 == 0
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("T", "D", "F", "E"), [(33, 16, 8, 5), (7, 6, 3, 4), (200, 32, 24, 3), (64, 10, 12, 9)])
-@pytest.mark.parametrize("backend", FAST)
-def test_fast_backends_equal_the_reference_to_rounding(backend: str, kind: str, T: int, D: int, F: int, E: int) -> None:
+@pytest.mark.parametrize(("backend", "size"), CASES)
+def test_fast_backends_equal_the_reference_to_rounding(
+    backend: str, kind: str, size: tuple[int, int, int, int]
+) -> None:
+    T, D, F, E = size
     inputs, gate_TK = case(slots_of(kind, T, E), E, D, F)
     dy_TD = torch.randn(T, D)
     expected = gradients(inputs, gate_TK, dy_TD, "reference")
@@ -165,6 +174,27 @@ def test_against_float64_at_several_scales(backend: str, scale: float) -> None:
     wide = Routing.from_slots(routing.expert_N.view(50, 2), gate_TK.double(), 6)
     exact = apply_experts(x_TD.double(), wide, up.double(), down.double(), "reference")
     assert relative(y_TD, exact) < 1e-6
+
+
+def test_grouped_refuses_what_torch_cannot_group() -> None:
+    for sizes, dtype in (((9, 6, 4), torch.float32), ((9, 8, 3), torch.float32), ((9, 8, 4), torch.float64)):
+        T, D, F = sizes
+        inputs, _ = case(slots_of("top-2", T, 4), 4, D, F, dtype)
+        with pytest.raises(RoutingError, match=rf"backend grouped: .*found {dtype} with d_model={D}, d_expert={F}"):
+            apply_experts(*inputs, backend="grouped")
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_bfloat16_is_as_near_as_bfloat16_can_be(backend: str) -> None:
+    inputs, gate_TK = case(slots_of("top-2", 64, 4), 4, 32, 16)
+    x_TD, routing, up, down = inputs
+    exact = apply_experts(x_TD, routing, up, down, "reference")
+    half = apply_experts(x_TD.bfloat16(), routing, up.bfloat16(), down.bfloat16(), backend)
+    assert half.dtype == torch.bfloat16
+    assert relative(half, exact) < 1e-2
+    half.float().sum().backward()  # type: ignore[no-untyped-call]
+    assert gate_TK.grad is not None
+    assert gate_TK.grad.dtype == torch.float32
 
 
 def test_bad_shapes_say_what_was_expected() -> None:

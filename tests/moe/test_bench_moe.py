@@ -1,0 +1,49 @@
+"""The benchmark as data: what it holds, and that it leaves the process as it found it."""
+
+import json
+
+import pytest
+import torch
+
+from records.errors import UsageError
+from repro.bench import moe as bench
+
+TINY = bench.Shape(tokens=32, d_model=16, d_expert=8, num_experts=4, top_k=2, goal=1e9)
+
+
+@pytest.mark.parametrize("load", ["balanced", "zipf", "one"])
+def test_every_contestant_is_measured_against_the_dense_floor(load: bench.Load) -> None:
+    shape = bench.Shape(tokens=32, d_model=16, d_expert=8, num_experts=4, top_k=2, load=load, goal=1e9)
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    report = bench.measure(shapes=[shape], rounds=3)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+    assert json.loads(json.dumps(report)) == report
+    (result,) = report["shapes"]
+    assert set(result["ratio_to_dense"]) == {"dense", "layer", "cpu", "grouped", "torch", "reference"}
+    assert result["ratio_to_dense"]["dense"] == {"median": 1, "low": 1, "high": 1}
+    assert result["goal"] == {"layer_ratio": 1e9, "met": True}
+    for name, spread in result["total_ms"].items():
+        assert 0 < result["forward_ms"][name]["median"] < spread["median"]
+        assert spread["low"] <= spread["median"] <= spread["high"]
+
+
+def test_loads_are_what_they_say() -> None:
+    shape = bench.Shape(tokens=4000, d_model=4, d_expert=4, num_experts=8, top_k=2, load="one")
+    for load, share in (("balanced", 1 / 8), ("one", 0.6)):
+        expert_TK = bench.slots(shape, load, torch.device("cpu"))
+        assert (expert_TK[:, 0] == 0).float().mean().item() == pytest.approx(share, abs=0.03)
+    zipf = torch.bincount(bench.slots(shape, "zipf", torch.device("cpu")).flatten(), minlength=8)
+    assert (zipf.diff() < 0).all()
+
+
+def test_flops_are_six_a_weight_and_assignment() -> None:
+    assert TINY.flops == 6 * 32 * 2 * (16 * 16 + 8 * 16)
+
+
+def test_requests_that_cannot_be_measured() -> None:
+    with pytest.raises(UsageError, match="at least 2 rounds"):
+        bench.measure(rounds=1)
+    with pytest.raises(UsageError, match="found 'tpu'"):
+        bench.measure(device="tpu")
