@@ -157,7 +157,8 @@ def _number_page(page: Page, found: Verification, title: str, base_url: str) -> 
     number = found.pith_number or ""
     suffix, source = number[-SUFFIX_LENGTH:], page.document["canonical_record"]["source"]
     rows = "".join(
-        f'<tr><td class="{check.status}">{check.status}</td><td class="code"><code>{check.code}</code></td><td>{_e(check.detail)}</td></tr>'
+        f'<tr><td class="{check.status}">{check.status}</td><td class="code"><code>{check.code}</code></td>'
+        f"<td>{_e(check.detail)}</td></tr>"
         for check in found.checks
     )
     parts = [

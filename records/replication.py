@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
-from records.document import verify_record
-from records.errors import InvalidError, MalformedError, ReproError
-from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets
-from records.number import FULL_NUMBER
+from records.document import get, shown, verify_record
+from records.errors import InvalidError, MalformedError, ReproError, UsageError
+from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets, utc_key
+from records.number import FULL_NUMBER, parse_reference
 from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name
-from records.report import Check, Trust, Verification
+from records.report import Check, Verification
 from records.statement import Envelope, make_statement, open_envelope, sign_envelope, verify_envelope
 
 PREDICATE_TYPE: Final = "urn:pith-repro:replication-record:v1"
@@ -90,6 +90,11 @@ def _statement_faults(statement: dict[str, Any]) -> list[str]:
             faults.append(f"expected 64 lower-case hex digits under {field}")
     faults += [f"expected an object under {field}" for field in ("paper", "environment", "code")
                if not isinstance(predicate.get(field), dict)]  # fmt: skip
+    if isinstance(predicate.get("finished_at"), str):
+        try:
+            utc_key(predicate["finished_at"])
+        except MalformedError as error:
+            faults.append(f"finished_at: {error}")
     code = predicate.get("code")
     if isinstance(code, dict) and not isinstance(code.get("dirty"), bool):
         faults.append("expected true or false under code.dirty: a dirty tree is stated, never left out")
@@ -145,11 +150,11 @@ def verify_replication(files: Mapping[str, bytes], *, trusted: KeySet, target: s
             document_keys = [parse_public_key(canonical.loads(files[PUBLIC_KEY]), source="document")]
         except ReproError as error:
             found = found.with_checks(Check(code="schema", status="fail", detail=f"{PUBLIC_KEY}: {error}"))
-    checks, trust = _signature(envelope, trusted, document_keys, predicate["finished_at"])
+    checks, trust = verify_envelope(envelope, trusted=trusted, document_keys=document_keys, at=predicate["finished_at"])
     checks += _manifest(files, predicate["manifest_sha256"])
     checks += [_bound(files, PLAN, "plan", predicate["plan_sha256"], "plan_sha256")]
     checks += [_bound(files, OUTCOME, "plan", predicate["outcome_sha256"], "outcome_sha256")]
-    number, subject = _subject(files, envelope.statement["subject"][0], trusted)
+    number, subject = _subject(files, envelope.statement["subject"][0], predicate["paper"], trusted)
     return Verification(
         target=target,
         kind=found.kind,
@@ -157,13 +162,6 @@ def verify_replication(files: Mapping[str, bytes], *, trusted: KeySet, target: s
         checks=(*found.checks, *checks, *subject),
         trust=trust,
     )
-
-
-def _signature(envelope: Envelope, trusted: KeySet, own: list[Any], at: str) -> tuple[list[Check], Trust]:
-    try:
-        return verify_envelope(envelope, trusted=trusted, document_keys=own, at=at)
-    except MalformedError as error:  # the time is the one text that a key with a period still has to read
-        return [Check(code="schema", status="fail", detail=f"finished_at: {error}")], Trust()
 
 
 def _manifest(files: Mapping[str, bytes], expected: str) -> list[Check]:
@@ -186,33 +184,62 @@ def _bound(files: Mapping[str, bytes], name: str, code: str, expected: str, fiel
     return Check(code=code, status="pass", detail=f"{name} has the SHA-256 that the statement names")
 
 
-def _subject(files: Mapping[str, bytes], subject: dict[str, Any], trusted: KeySet) -> tuple[str | None, list[Check]]:
-    """The paper: a Pith record whose number and hash are the subject's, or a paper.json whose hash is."""
+def _subject(
+    files: Mapping[str, bytes], subject: dict[str, Any], paper: dict[str, Any], trusted: KeySet
+) -> tuple[str | None, list[Check]]:
+    """The paper: a Pith record whose number and hash are the subject's, or a paper.json whose identifier and hash are.
+
+    Where the predicate's own `paper` names a number or an identifier, it has to be the subject's too.
+    """
     name, sha = subject["name"], subject["digest"]["sha256"]
-    if not name.startswith("pith:"):
-        if PITH_RECORD in files:
-            detail = f"the bundle holds a Pith record, and its subject is {name}; expected the Pith number"
-            return None, [Check(code="pith_number", status="fail", detail=detail)]
-        checks = [_bound(files, PAPER, "canonical_hash", sha, "subject digest")]
-        checks.append(Check(code="pith_number", status="skip", detail=f"the Pith number of {name} is not known"))
-        return None, checks
+    if name.startswith("pith:"):
+        checks = _pith_subject(files, name, sha, trusted)
+        if paper.get("pith_number", name) != name:
+            detail = f"the predicate's paper is {shown(paper['pith_number'])}, the subject is {name}"
+            checks.append(Check(code="pith_number", status="fail", detail=detail))
+        return name, checks
+    if PITH_RECORD in files:
+        detail = f"the bundle holds a Pith record, and its subject is {name}; expected the Pith number"
+        return None, [Check(code="pith_number", status="fail", detail=detail)]
+    checks = [_bound(files, PAPER, "canonical_hash", sha, "subject digest")]
+    checks.append(Check(code="pith_number", status="skip", detail=f"the Pith number of {name} is not known"))
+    try:
+        bundled = canonical.loads(files.get(PAPER, b"null"))
+    except MalformedError as error:
+        return None, [*checks, Check(code="strict_json", status="fail", detail=f"{PAPER}: {error}")]
+    for place, stated in ((PAPER, get(bundled, "arxiv")), ("the predicate's paper", paper.get("arxiv", name))):
+        if not isinstance(stated, str) or _identifier(stated) != _identifier(name):
+            detail = f"{place} is of arxiv {shown(stated)}, the subject is {name}"
+            checks.append(Check(code="aliases", status="fail", detail=detail))
+    return None, checks
+
+
+def _identifier(name: str) -> str | None:
+    """An arXiv identifier without prefix and version, or None."""
+    try:
+        return parse_reference(f"arxiv:{name.removeprefix('arxiv:')}").value
+    except UsageError:
+        return None
+
+
+def _pith_subject(files: Mapping[str, bytes], name: str, sha: str, trusted: KeySet) -> list[Check]:
     if PITH_RECORD not in files:
         detail = f"expected {PITH_RECORD} for the subject {name}, found none"
-        return name, [Check(code="pith_number", status="fail", detail=detail)]
-    record = verify_record(files[PITH_RECORD], target=PITH_RECORD, trusted=trusted)
+        return [Check(code="pith_number", status="fail", detail=detail)]
+    verified = verify_record(files[PITH_RECORD], target=PITH_RECORD, trusted=trusted)
     # The record's own receipt is reported, but its key gives the replication no trust: that comes from the envelope.
-    checks = [check for check in record.checks if check.code != "key_trust"]
-    if record.pith_number != name:
-        detail = f"the subject is {name}, the bundled record is {record.pith_number}"
+    checks = [check for check in verified.checks if check.code != "key_trust"]
+    if verified.state == "malformed":
+        return checks
+    if verified.pith_number != name:
+        detail = f"the subject is {name}, the bundled record is {verified.pith_number}"
         checks.append(Check(code="pith_number", status="fail", detail=detail))
-    if not any(check.code == "canonical_hash" and check.status == "pass" for check in checks):
-        checks.append(Check(code="canonical_hash", status="fail", detail=f"{PITH_RECORD} shows no record to hash"))
-    else:
-        found = canonical.digest(canonical.loads(files[PITH_RECORD])["canonical_record"])
-        if found != sha:
-            detail = f"{PITH_RECORD} hashes to {found}, the subject's digest is {sha}"
-            checks.append(Check(code="canonical_hash", status="fail", detail=detail))
-    return name, checks
+    record = get(canonical.loads(files[PITH_RECORD]), "canonical_record")
+    found = canonical.digest(record) if record is not None else "nothing"
+    if found != sha:
+        detail = f"{PITH_RECORD} hashes to {found}, the subject's digest is {sha}"
+        checks.append(Check(code="canonical_hash", status="fail", detail=detail))
+    return checks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,6 @@
 """`repro mirror build` and `repro submit`: what leaves this machine, and only when asked to."""
 
 import argparse
-import datetime
 import os
 import sys
 from pathlib import Path
@@ -45,6 +44,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _now() -> str:
     """The time as UTC; SOURCE_DATE_EPOCH, where set, makes a build reproducible."""
+    import datetime
+
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     moment = (
         datetime.datetime.fromtimestamp(int(epoch), datetime.UTC)
