@@ -4,59 +4,68 @@ Arguments after `--` pass through: `nox -s reproduce-emoe -- --scale smoke`, `no
 """
 
 import hashlib
+import os
+import sys
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10.9"
 nox.options.sessions = ["lint", "tests"]
-nox.options.default_venv_backend = "venv"
-nox.options.reuse_venv = "yes"
+nox.options.default_venv_backend = "none"  # see _install
 
 ROOT = Path(__file__).parent
-SHARED = ROOT / ".nox" / "shared"  # with torch: one for all sessions, installed once
+SHARED = ROOT / ".nox" / "shared"
+BIN = SHARED / ("Scripts" if os.name == "nt" else "bin")
 
 
 def _install(session: nox.Session) -> None:
-    """Everything at the pinned versions; nothing is done where the pins and pyproject.toml are those installed."""
-    pins = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    stamp = Path(session.virtualenv.location) / "installed"
-    wanted = hashlib.sha256(pins).hexdigest()
+    """One environment for all sessions, at the pinned versions; nothing is done where it is up to date.
+
+    nox makes an environment a session, and each would hold its own torch.
+    """
+    pins = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes() + sys.version.encode()
+    stamp, wanted = SHARED / "installed", hashlib.sha256(pins).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.install("--constraint", "constraints.txt", "--editable", ".[train,report,dev]")
+        session.run(sys.executable, "-m", "venv", "--clear", str(SHARED))
+        _run(session, "python", "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt",
+             "--editable", ".[train,report,dev]")  # fmt: skip
         stamp.write_text(wanted)
 
 
-@nox.session(venv_location=str(SHARED))
+def _run(session: nox.Session, command: str, *words: str, success_codes: tuple[int, ...] = (0,)) -> None:
+    session.run(str(BIN / command), *words, external=True, success_codes=success_codes)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, types, and the arrows between the packages."""
     _install(session)
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
-    session.run("lint-imports")
+    _run(session, "ruff", "check", ".")
+    _run(session, "ruff", "format", "--check", ".")
+    _run(session, "mypy")
+    _run(session, "lint-imports")
 
 
-@nox.session(venv_location=str(SHARED))
+@nox.session
 def tests(session: nox.Session) -> None:
     """The whole test suite, without what needs a GPU or an hour."""
     _install(session)
-    session.run("pytest", *session.posargs)
+    _run(session, "pytest", *session.posargs)
 
 
-@nox.session(default=False, venv_location=str(SHARED))
+@nox.session(default=False)
 def conformance(session: nox.Session) -> None:
     """Third-party vectors and every published record at hand."""
     _install(session)
-    session.run("pytest", "tests/conformance", *session.posargs)
+    _run(session, "pytest", "tests/conformance", *session.posargs)
 
 
-@nox.session(default=False, venv_location=str(SHARED))
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Speed ratios, measured side by side."""
     _install(session)
-    for what in session.posargs or ("verify", "moe"):
-        session.run("repro", "bench", what)
+    for what in session.posargs or ("verify", "moe", "train"):
+        _run(session, "repro", "bench", what)
 
 
 def _reproduce(session: nox.Session, paper: str) -> None:
@@ -70,14 +79,14 @@ def _reproduce(session: nox.Session, paper: str) -> None:
     key, bundle = ROOT / "runs" / "replicator.key", out.with_name(f"{out.name}.repro.zip")
     key.parent.mkdir(exist_ok=True)
     if not key.exists():
-        session.run("repro", "keys", "new", str(key))
+        _run(session, "repro", "keys", "new", str(key))
     # not replicated (1) and inconclusive (4) are results, not failures of the session
-    session.run("repro", "run", paper, "--out", str(out), *options, success_codes=[0, 1, 4])
-    session.run("repro", "bundle", str(out), "-o", str(bundle), "--key", str(key))
-    session.run("repro", "verify", str(bundle), "--offline", "--trusted-keys", f"{key}.pub.json")
+    _run(session, "repro", "run", paper, "--out", str(out), *options, success_codes=(0, 1, 4))
+    _run(session, "repro", "bundle", str(out), "-o", str(bundle), "--key", str(key))
+    _run(session, "repro", "verify", str(bundle), "--offline", "--trusted-keys", f"{key}.pub.json")
 
 
-@nox.session(name="reproduce-emoe", default=False, venv_location=str(SHARED))
+@nox.session(name="reproduce-emoe", default=False)
 def reproduce_emoe(session: nox.Session) -> None:
     """Elastic MoE (arXiv 2509.21892)."""
     _reproduce(session, "emoe")
