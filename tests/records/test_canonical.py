@@ -77,6 +77,19 @@ def test_refused(data: bytes) -> None:
         canonical.loads(data)
 
 
+def test_faults_are_placed_the_same_on_every_python() -> None:
+    places = {
+        b"[1 2]": "1 column 4",
+        b"[1,]": "1 column 3",
+        b'{"a":1 ,\n}': "1 column 8",
+        b"\n [": "2 column 3",
+        b"": "1 column 1",
+    }
+    for data, place in places.items():
+        with pytest.raises(MalformedError, match=f"line {place}$"):
+            canonical.loads(data)
+
+
 def test_edges_that_are_allowed() -> None:
     assert canonical.loads(b"[9007199254740991,-9007199254740991,0]") == [canonical.MAX_INT, -canonical.MAX_INT, 0]
     assert canonical.loads(b'"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
