@@ -3,6 +3,7 @@
 Arguments after `--` pass through: `nox -s reproduce-emoe -- --scale smoke`, `nox -s tests -- -k judge`.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -71,17 +72,17 @@ def bench(session: nox.Session) -> None:
 def _reproduce(session: nox.Session, paper: str) -> None:
     """Run, bundle with the user's key (made on first use), verify. Options pass through to `repro run`."""
     _install(session)
-    options = list(session.posargs)
-    scale = options[options.index("--scale") + 1] if "--scale" in options[:-1] else "nano"
-    out = ROOT / "runs" / f"{paper}-{scale}"
-    if "--out" in options[:-1]:
-        out = Path(options[options.index("--out") + 1])
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--scale", default="nano")
+    parser.add_argument("--out", type=Path)
+    known, _ = parser.parse_known_args(session.posargs)
+    out = known.out or ROOT / "runs" / f"{paper}-{known.scale}"
     key, bundle = ROOT / "runs" / "replicator.key", out.with_name(f"{out.name}.repro.zip")
     key.parent.mkdir(exist_ok=True)
     if not key.exists():
         _run(session, "repro", "keys", "new", str(key))
     # not replicated (1) and inconclusive (4) are results, not failures of the session
-    _run(session, "repro", "run", paper, "--out", str(out), *options, success_codes=(0, 1, 4))
+    _run(session, "repro", "run", paper, "--out", str(out), *session.posargs, success_codes=(0, 1, 4))
     _run(session, "repro", "bundle", str(out), "-o", str(bundle), "--key", str(key))
     _run(session, "repro", "verify", str(bundle), "--offline", "--trusted-keys", f"{key}.pub.json")
 

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 SCALES = ("smoke", "nano", "small", "base", "paper")
 SLUGS = ("emo", "emoe", "mssp", "expert_upcycling", "equal_resource")
-RELATIONS = (">", "<", "<=", ">=", "identical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """A number a seed: `metric` of `arm` (an arm or a group), or the least of `least_of`."""
+    """A number a seed: `metric` of `arm` (an arm or a group), or the least of `least_of`; multiplied by `times`."""
 
     arm: str
     metric: str | None = None
     least_of: tuple[str, ...] = ()
+    times: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.metric is None) == (not self.least_of):
@@ -42,7 +42,7 @@ class Quantity:
 
     def __str__(self) -> str:
         if self.metric:
-            return f"{self.arm} {self.metric}"
+            return f"{self.arm} {self.metric}" + (f" × {self.times:g}" if self.times != 1 else "")
         return f"{self.arm} min({self.least_of[0]} … {self.least_of[-1]})"
 
 
@@ -53,6 +53,9 @@ class Test:
     `>` holds where m > margin + sigmas·σ and, if `alpha` is given, the paired t-test has p < alpha; `<` where
     m < −(margin + sigmas·σ), likewise; `<=` where m ≤ margin + sigmas·σ; `>=` where m ≥ −(margin + sigmas·σ).
     `identical` asks for equal final weights and equal values of every metric that both arms have, bit for bit.
+    `closes` asks that left closes the gap from `base` to right: η = Σ(base − left) / Σ(base − right) ≥ `at_least`, or
+    with `bound` = `lower` that the lower end of η's 95% bootstrap interval over seeds is; where the gap itself is not
+    above 0 in every resample, there is nothing to close and the test cannot be computed.
     In a control, `expect` says whether the test has to hold there or has to fail.
     """
 
@@ -60,19 +63,27 @@ class Test:
 
     left: Quantity
     right: Quantity
-    relation: Literal[">", "<", "<=", ">=", "identical"]
+    relation: Literal[">", "<", "<=", ">=", "identical", "closes"]
     margin: float = 0.0
     sigmas: float = 0.0
     alpha: float | None = None
     expect: Literal["holds", "fails"] = "holds"
+    base: Quantity | None = None
+    at_least: float = 0.0
+    bound: Literal["mean", "lower"] = "mean"
 
     def __post_init__(self) -> None:
+        if (self.base is None) != (self.relation != "closes"):
+            raise ValueError(f"relation {self.relation!r}: `closes` needs a base, and nothing else has one")
         if self.alpha is not None and self.relation not in ("<", ">"):
             raise ValueError(f"relation {self.relation!r} has no significance level: leave alpha out")
 
     def __str__(self) -> str:
         if self.relation == "identical":
             text = f"{self.left.arm} is bitwise {self.right.arm}"
+        elif self.relation == "closes":
+            eta = "η" if self.bound == "mean" else "lower 95% bound of η"
+            text = f"{eta} of {self.left} from {self.base} to {self.right} ≥ {self.at_least:g}"
         else:
             sign = "+" if self.relation in (">", "<=") else "−"
             extra = f" {sign} {self.margin:g}" if self.margin else ""
@@ -114,7 +125,7 @@ class Claim:
     def arms(self) -> set[str]:
         """Arms and groups that the claim's tests speak of."""
         tests = (*self.passes, *self.fails, *self.controls)
-        return {quantity.arm for test in tests for quantity in (test.left, test.right)}
+        return {quantity.arm for test in tests for quantity in (test.left, test.right, test.base) if quantity}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from repro.config import decimal_string, decode
 from repro.experiment import Claim, Group, Quantity, Test
-from repro.stats import Paired, paired
+from repro.stats import GapClosure, Paired, gap_closure, paired
 
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, NOT_TESTED = "replicated", "not_replicated", "inconclusive", "not_tested"
 
@@ -123,14 +123,19 @@ class _Bench:
             lacking = [name for name in names if name not in metrics]
             if lacking:
                 raise _LacksEvidenceError(f"arm {quantity.arm} seed {seed} has no {lacking[0]}")
-            values.append(min(float(metrics[name]) for name in names))
+            values.append(quantity.times * min(float(metrics[name]) for name in names))
         return values
 
-    def test(self, test: Test) -> tuple[bool, Paired | None]:
+    def test(self, test: Test) -> tuple[bool, Paired | GapClosure | None]:
         if test.relation == "identical":
             return self._identical(test.left.arm, test.right.arm), None
         if len(self.seeds) < 2:
             raise _LacksEvidenceError("a paired test needs at least 2 seeds")
+        if test.base:
+            closure = gap_closure(self.values(test.base), self.values(test.left), self.values(test.right))
+            if closure is None:
+                raise _LacksEvidenceError(f"there is no gap to close between {test.base} and {test.right}")
+            return (closure.eta if test.bound == "mean" else closure.low) >= test.at_least, closure
         difference = paired(self.values(test.left), self.values(test.right))
         bound = test.margin + test.sigmas * difference.sd
         holds = {
@@ -144,7 +149,7 @@ class _Bench:
     def _identical(self, left: str, right: str) -> bool:
         for seed in self.seeds:
             a, b = self.result(left, seed), self.result(right, seed)
-            common = set(a.metrics) & set(b.metrics)
+            common = {name for name in set(a.metrics) & set(b.metrics) if not name.startswith("time/")}
             if a.weights != b.weights or not common or any(a.metrics[name] != b.metrics[name] for name in common):
                 return False
         return True
@@ -194,9 +199,12 @@ def _decide(
     return {"verdict": INCONCLUSIVE, "reason": "neither the pass nor the fail criterion holds"}
 
 
-def _numbers(difference: Paired | None) -> dict[str, Any]:
+def _numbers(difference: Paired | GapClosure | None) -> dict[str, Any]:
     if difference is None:
         return {}
+    if isinstance(difference, GapClosure):
+        interval = [_six(difference.low), _six(difference.high)]
+        return {"effect": _six(difference.eta), "interval": interval, "n": difference.n}
     return {
         "effect": _six(difference.mean),
         "interval": [_six(difference.low), _six(difference.high)],

@@ -221,3 +221,34 @@ def test_outcomes_are_the_same_up_to_the_last_digits_of_their_numbers():
     near["verdicts"][0]["verdict"] = "not_replicated"
     assert not same_outcome(outcome, near)
     assert not same_outcome(outcome, {"groups": {}})
+
+
+@pytest.mark.parametrize(
+    ("at_least", "bound", "holds"),
+    [(0.5, "mean", True), (0.7, "mean", False), (0.55, "lower", False), (0.4, "lower", True)],
+)
+def test_closing_a_gap(at_least, bound, holds):
+    # gaps of 1, closed by .5, .6, .7: η = .6, and from .5 to .7 over the resamples
+    test = Test(
+        left=quantity("a"), right=quantity("b"), base=quantity("c"), relation="closes", at_least=at_least, bound=bound
+    )
+    some = evidence(a=(1.5, 1.4, 1.3), b=(1.0, 1.0, 1.0), c=(2.0, 2.0, 2.0))
+    found = verdict(plan(claim(passes=(test,), controls=(test,))), some)["tests"][0]
+    assert found["result"] == ("holds" if holds else "fails")
+    assert found["effect"] == "0.6"
+    none = verdict(plan(claim(passes=(test,))), some | evidence(c=(1.0, 1.0, 1.0)))
+    assert none["verdict"] == "inconclusive"
+    assert "no gap to close" in none["reason"]
+
+
+def test_a_quantity_may_be_scaled():
+    test = Test(left=quantity("a"), right=Quantity(arm="b", metric="loss", times=0.9), relation="<")
+    assert str(test) == "a loss < b loss × 0.9"
+    some = evidence(a=(0.8, 0.9, 0.85), b=(1.0, 1.05, 1.0), c=(1.0, 1.0, 1.0))
+    assert verdict(plan(claim(passes=(test,))), some)["tests"][0]["result"] == "holds"
+
+
+def test_a_base_belongs_to_closes_alone():
+    for relation, base in (("closes", None), ("<", quantity("c"))):
+        with pytest.raises(ValueError, match="`closes` needs a base"):
+            Test(left=quantity("a"), right=quantity("b"), relation=relation, base=base)

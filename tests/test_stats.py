@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from repro.stats import paired
+from repro.stats import gap_closure, paired
 
 values = st.lists(st.floats(-100, 100), min_size=3, max_size=8)
 
@@ -42,3 +42,29 @@ def test_equal_differences_are_the_limit():
 def test_too_few_or_unpaired_values_are_refused(left, right):
     with pytest.raises(ValueError, match="same length of at least 2"):
         paired(left, right)
+
+
+def test_gap_closure_by_hand():
+    found = gap_closure([3.0, 4.0], [2.0, 3.5], [1.0, 2.0])
+    assert found.eta == pytest.approx(1.5 / 4)
+    # the resamples (0,0) (0,1) (1,0) (1,1) give 1/2, 3/8, 3/8, 1/4
+    assert (found.low, found.high) == pytest.approx((0.25 + 0.125 * 0.075, 0.5 - 0.125 * 0.075))
+    assert gap_closure([3.0] * 3, [3.0] * 3, [1.0] * 3).eta == 0
+    assert gap_closure([3.0] * 3, [1.0] * 3, [1.0] * 3).low == 1
+
+
+def test_without_a_gap_there_is_nothing_to_close():
+    assert gap_closure([1.0, 2.0], [1.0, 1.0], [1.0, 2.0]) is None
+    assert gap_closure([1.0, 2.0, 2.0], [1.0] * 3, [1.5, 1.0, 1.0]) is None  # no gap in a resample of seed 0 alone
+
+
+def test_many_seeds_are_resampled_the_same_way_each_time():
+    base, method, target = ([x + i % 3 / 10 for i in range(9)] for x in (3.0, 2.0, 1.0))
+    assert gap_closure(base, method, target) == gap_closure(base, method, target)
+    assert gap_closure(base, method, target).eta == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("samples", [([1.0], [1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0], [1.0])])
+def test_gap_closure_refuses_samples_that_do_not_match(samples):
+    with pytest.raises(ValueError, match="three samples"):
+        gap_closure(*samples)

@@ -214,7 +214,8 @@ def _print_outcome(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
             numbers = ""
             if "effect" in test:
                 low, high = test["interval"]
-                numbers = f"  [{test['effect']}, 95% {low} to {high}, p {test['p']}, n {test['n']}]"
+                p = f", p {test['p']}" if "p" in test else ""
+                numbers = f"  [{test['effect']}, 95% {low} to {high}{p}, n {test['n']}]"
             print(f"         {test['role']:8} {test['result']:12} {test['test']}{numbers}")
 
 

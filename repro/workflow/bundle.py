@@ -74,7 +74,7 @@ def summary(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
         item = {name: value for name, value in verdict.items() if name != "tests"}
         first = next((test for test in verdict["tests"] if test["role"] == "pass" and "effect" in test), None)
         if first:
-            item |= {name: first[name] for name in ("effect", "interval", "p")}
+            item |= {name: first[name] for name in ("effect", "interval", "p") if name in first}
         short.append(item)
     return short
 
