@@ -91,7 +91,8 @@ class Segment:
     """A piece of training: model, corpus, training and the paper's mechanism (data for its `mechanism` function).
 
     `inherit` says what comes from the segment before: `nothing`, `weights`, or `all` (weights and optimizer state).
-    `growth`, if given, makes this segment's larger expert pool out of the inherited one.
+    `growth`, if given, makes this segment's larger expert pool out of the inherited one. `freeze` names weights by the
+    last part of their name (`router_ED`), which then keep what they start with.
     """
 
     model: ModelConfig
@@ -100,6 +101,7 @@ class Segment:
     mechanism: Mapping[str, Any] = field(default_factory=dict)
     inherit: Literal["nothing", "weights", "all"] = "nothing"
     growth: Growth | None = None
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.growth and self.inherit == "nothing":
@@ -187,6 +189,8 @@ def train_segment(
     config = segment.train
     model = Transformer(segment.model).to(device)
     model.init_weights(seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] not in segment.freeze)
     optimizer = make_optimizer(model, config)
     start, lines = 0, 0
     checkpoint = folder / "checkpoint.safetensors"
@@ -275,6 +279,8 @@ def _inherit(
     lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
     if segment.inherit == "all":
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             optimizer.state[parameter] = {
                 key: grow_state(name, tensors[f"optimizer.{key}.{name}"], lineages).to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")

@@ -193,6 +193,30 @@ def test_a_fabricated_metric_needs_a_new_chain_and_then_another_verdict(bundle):
     assert failed(resealed(bundle | {name: forged})) == {"verdicts"}
 
 
+@pytest.mark.parametrize("value", ["nan", "1e400", "", "0x1", 3, None, "1" * 500])
+def test_a_value_that_is_no_decimal_is_a_fault_and_no_crash(bundle, value):
+    plan = parse_plan(bundle["plan.json"], name="plan")
+    job = jobs(plan)[0]
+    segment = job.segments[-1]
+    name = f"{segment.folder}/trace.jsonl"
+    start = genesis(plan_digest(plan), segment.digest)
+    forged = rechained(bundle[name], start, lambda entry: entry | ({"loss": value} if "loss" in entry else {}))
+    assert failed(resealed(bundle | {name: forged})) == {"trace"}
+    head = json.loads(bundle[name].splitlines()[-1])["chain"]
+    forged = rechained(
+        bundle[job.file],
+        genesis(head, job.digest),
+        lambda entry: entry | ({"value": value} if "value" in entry else {}),
+    )
+    assert failed(resealed(bundle | {job.file: forged})) == {"trace"}
+
+
+@pytest.mark.parametrize("timing", [b"junk", b"[1]", b'{"seconds":NaN}', b'{"seconds":-1}', b'{"seconds":"x"}'])
+def test_measured_times_that_are_none_are_a_fault_and_no_crash(bundle, timing):
+    name = a_trace(bundle).replace("trace", "timing")
+    assert failed(resealed(bundle | {name: timing})) == {"trace"}
+
+
 def test_a_trace_taken_from_another_arm(bundle):
     plan = parse_plan(bundle["plan.json"], name="plan")
     first, second = (f"{job.segments[-1].folder}/trace.jsonl" for job in jobs(plan)[:2])

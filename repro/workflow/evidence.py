@@ -2,14 +2,21 @@
 
 - `load`: files to evidence by (arm, seed), and the faults found; no torch, no clock, nothing trusted
 - a chain starts from the plan's digest and the segment's; an arm's measures from its last segment's chain
+- metrics that follow from what is there are added: `time/seconds`, the measured training time of all the arm's segments
+  (bound by the manifest, outside the chains, never the same twice), and `recovery/steps`, for arms of several segments
 """
 
+import itertools
+import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records.errors import InvalidError, ReproError
+from records.errors import InvalidError, MalformedError, ReproError
+from repro.config import decimal_string
 from repro.judge import ArmEvidence
 from repro.trace import check_chain, genesis
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, plan_digest
@@ -38,6 +45,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
     faults: list[str] = []
     missing: list[str] = []
     checked: dict[str, tuple[str, str, str] | None] = {}
+    losses: dict[str, list[tuple[int, float]]] = {}
     lines = 0
     for job in jobs(plan):
         for segment in job.segments:
@@ -53,6 +61,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
                 lines += len(entries)
                 status = _check_segment(segment, entries, name)
                 checked[segment.digest] = (status, head, entries[-1].get("weights", "")) if status else None
+                losses[segment.digest] = [(e["step"], float(e["loss"])) for e in entries if e.get("type") == "step"]
             except ReproError as error:
                 faults.append(str(error))
         last = checked[job.segments[-1].digest]
@@ -68,7 +77,8 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
         try:
             entries, _ = check_chain(files[job.file], genesis(last[1], job.digest), name=job.file)
             lines += len(entries)
-            evidence[job.arm, job.seed] = _arm_evidence(job, entries, weights=last[2])
+            derived = _recovery(job, losses) | _seconds(job, files)
+            evidence[job.arm, job.seed] = _arm_evidence(job, entries, derived, weights=last[2])
         except ReproError as error:
             faults.append(str(error))
     return Loaded(evidence=evidence, faults=tuple(faults), missing=tuple(missing), lines=lines)
@@ -84,6 +94,8 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
         step = min(number * every, steps)
         if entry.get("step") != step or entry.get("tokens") != step * tokens:
             raise InvalidError(f"{name} line {number}: expected step {step} with {step * tokens} tokens as planned")
+        if not _is_decimal(entry.get("loss")) or not _is_decimal(entry.get("grad_norm")):
+            raise MalformedError(f"{name} line {number}: expected loss and grad_norm as decimal strings")
         if step % train["hash_every"] == 0 and step < steps and "weights" not in entry:
             raise InvalidError(f"{name} line {number}: expected a weight hash at step {step}")
     if not entries or entries[-1].get("type") not in ("end", "diverged"):
@@ -97,11 +109,63 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
     return "complete"
 
 
-def _arm_evidence(job: ArmJob, entries: list[dict[str, Any]], *, weights: str) -> ArmEvidence:
-    metrics = {str(entry["name"]): str(entry["value"]) for entry in entries if entry.get("type") == "metric"}
+def _arm_evidence(
+    job: ArmJob, entries: list[dict[str, Any]], derived: Mapping[str, str], *, weights: str
+) -> ArmEvidence:
+    metrics: dict[str, str] = {}
+    for entry in entries:
+        if entry.get("type") == "metric":
+            if not isinstance(entry.get("name"), str) or not _is_decimal(entry.get("value")):
+                raise MalformedError(f"{job.file}: expected each metric as a name and a decimal string")
+            metrics[entry["name"]] = entry["value"]
     ended = (
         bool(entries) and entries[-1] == {"type": "end", "metrics": len(metrics)} and len(entries) == len(metrics) + 1
     )
     diverged = bool(entries) and entries[-1].get("type") == "diverged"
     status = "diverged" if diverged else "complete" if ended else "incomplete"
-    return ArmEvidence(status=status, weights=weights, metrics=metrics)
+    return ArmEvidence(status=status, weights=weights, metrics={**metrics, **derived})
+
+
+_DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")
+
+
+def _is_decimal(value: object) -> bool:
+    return isinstance(value, str) and _DECIMAL.fullmatch(value) is not None
+
+
+_LEVEL = 5  # step groups whose mean is the level that a loss was at
+
+
+def _recovery(job: ArmJob, losses: Mapping[str, list[tuple[int, float]]]) -> dict[str, str]:
+    """Steps from a segment's start until the mean loss of five step groups is back at the level before it.
+
+    The largest over the arm's later segments; one that does not come back counts with all its steps.
+    """
+    worst = None
+    for before, after in itertools.pairwise(job.segments):
+        level = math.fsum(loss for _, loss in losses[before.digest][-_LEVEL:]) / len(losses[before.digest][-_LEVEL:])
+        later = losses[after.digest]
+        steps = later[-1][0]
+        for last in range(_LEVEL, len(later) + 1):
+            window = later[last - _LEVEL : last]
+            if math.fsum(loss for _, loss in window) / _LEVEL <= level:
+                steps = window[0][0]
+                break
+        worst = max(worst or 0, steps)
+    return {} if worst is None else {"recovery/steps": str(worst)}
+
+
+def _seconds(job: ArmJob, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Measured training time of the arm's segments, as if it had been trained alone."""
+    seconds = 0.0
+    for segment in job.segments:
+        data = files.get(f"{segment.folder}/timing.jsonl")
+        if data is None:
+            return {}
+        try:
+            seconds += math.fsum(json.loads(line)["seconds"] for line in data.splitlines())
+            if not 0 <= seconds < math.inf:
+                raise ValueError(seconds)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise MalformedError(f"{segment.folder}/timing.jsonl: expected a line of seconds a step group") from error
+    return {"time/seconds": decimal_string(round(seconds, 3))}
