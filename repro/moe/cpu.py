@@ -158,14 +158,18 @@ def _buffers(like: Tensor, blocks: list[_Block], widths: Sequence[int]) -> list[
 
 def _times(a_NI: Tensor, matrices: Sequence[Tensor], block: _Block, out_NJ: Tensor) -> Tensor:
     """out = each expert's rows times its matrix."""
-    for expert, rows, out in zip(block.experts, a_NI.split(block.counts), out_NJ.split(block.counts), strict=True):
+    for expert, rows, out in zip(
+        block.experts, torch.split(a_NI, block.counts), torch.split(out_NJ, block.counts), strict=True
+    ):
         torch.mm(rows, matrices[expert], out=out)
     return out_NJ
 
 
 def _gradient(a_NI: Tensor, b_NJ: Tensor, block: _Block, out: Sequence[Tensor]) -> None:
     """out[e] = aᵀ·b over each expert's rows."""
-    for expert, a, b in zip(block.experts, a_NI.split(block.counts), b_NJ.split(block.counts), strict=True):
+    for expert, a, b in zip(
+        block.experts, torch.split(a_NI, block.counts), torch.split(b_NJ, block.counts), strict=True
+    ):
         torch.mm(a.t(), b, out=out[expert])
 
 

@@ -9,11 +9,11 @@ input-major is also what `grouped_mm` takes with no transposition.)
 import torch
 from torch import Tensor
 
-from repro.moe import cpu, grouped, reference
+from repro.moe import cpu, grouped, reference, triton
 from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
 
-BACKENDS = ("auto", "reference", "cpu", "grouped")
+BACKENDS = ("auto", "reference", "cpu", "grouped", "triton")
 
 
 def apply_experts(
@@ -47,11 +47,14 @@ def apply_experts(
     if torch.is_autocast_enabled(device):
         x_TD, w_up_EDF, w_down_EFD = (z.to(torch.get_autocast_dtype(device)) for z in (x_TD, w_up_EDF, w_down_EFD))
     if backend == "auto":
+        # Triton's kernels are chosen by name until they have been measured on a GPU.
         backend = "cpu" if device == "cpu" else "grouped" if grouped.supports(x_TD, w_down_EFD) else "reference"
     if backend == "cpu":
         return cpu.apply(x_TD, routing, w_up_EDF, w_down_EFD)
     if backend == "grouped":
         return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    if backend == "triton":
+        return triton.apply(x_TD, routing, w_up_EDF, w_down_EFD)
     return reference.apply(x_TD, routing, w_up_EDF, w_down_EFD)
 
 

@@ -71,7 +71,7 @@ class Routing:
             all_filled = bool((expert_N >= 0).all())
         if all_filled:
             by_token = torch.arange(T + 1, device=device) * K
-            token_N = torch.arange(T, device=device).repeat_interleave(K)
+            token_N = torch.arange(T, device=device).repeat_interleave(K, output_size=T * K)
         else:
             filled_N = expert_N >= 0
             by_token = _offsets(filled_N.view(T, K).sum(1))
@@ -83,7 +83,7 @@ class Routing:
             weight_N=weight_N,
             order_N=_stable_order(expert_N, num_experts),
             by_token=by_token,
-            by_expert=_offsets(torch.bincount(expert_N, minlength=num_experts)),
+            by_expert=_offsets(_load(expert_N, num_experts)),
             num_experts=num_experts,
         )
 
@@ -182,6 +182,14 @@ def balance_loss(router: RouterOutput) -> Tensor:
 def _offsets(counts: Tensor) -> Tensor:
     """CSR offsets of counts: 0, then the running sum."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _load(expert_N: Tensor, num_experts: int) -> Tensor:
+    """Assignments by expert; `bincount` would wait for a GPU to learn its largest entry."""
+    if expert_N.device.type == "cpu":
+        return torch.bincount(expert_N, minlength=num_experts)
+    ones_N = torch.ones_like(expert_N)
+    return torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device).scatter_add_(0, expert_N, ones_N)
 
 
 def _stable_order(expert_N: Tensor, num_experts: int) -> Tensor:

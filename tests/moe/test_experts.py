@@ -1,15 +1,26 @@
 """The backends against the definition: values, gradients, repeats, and what must not leak."""
 
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from repro.moe import BACKENDS, Routing, RoutingError, TopK, apply_experts
+from repro.moe import Routing, RoutingError, TopK, apply_experts, cpu
 
-FAST = [backend for backend in BACKENDS if backend not in ("auto", "reference")]
+FAST = ["cpu", "grouped"]
+# Triton's interpreter runs the kernels without a GPU; in 3.6 it cannot count with numpy 2.4's arrays.
+if importlib.util.find_spec("triton") and np.lib.NumpyVersion(np.__version__) < "2.4.0":
+    os.environ["TRITON_INTERPRET"] = "1"
+    FAST.append("triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # of a sigmoid that is then 0
+]
 
 Case = tuple[Tensor, Routing, Tensor, Tensor]
 
@@ -98,8 +109,15 @@ def test_gradcheck_in_float64(backend: str, kind: str) -> None:
     assert torch.autograd.gradcheck(run, (x_TD, gate_TK, up, down))
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
-@pytest.mark.parametrize("size", [(64, 16, 8, 5), (640, 64, 32, 8)])
+REPEATED = [
+    (backend, size)
+    for backend in ("reference", *FAST)
+    # Triton's interpreter takes minutes for what the others do in a second.
+    for size in ([(20, 16, 8, 3)] if backend == "triton" else [(48, 16, 8, 5), (640, 64, 32, 8)])
+]
+
+
+@pytest.mark.parametrize(("backend", "size"), REPEATED)
 def test_forty_repeats_are_bitwise_equal(backend: str, size: tuple[int, int, int, int]) -> None:
     T, D, F, E = size
     inputs, gate_TK = case(slots_of("k by token", T, E), E, D, F)
@@ -107,6 +125,20 @@ def test_forty_repeats_are_bitwise_equal(backend: str, size: tuple[int, int, int
     first = gradients(inputs, gate_TK, dy_TD, backend)
     for _ in range(39):
         assert all(map(torch.equal, first, gradients(inputs, gate_TK, dy_TD, backend)))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4000, 1 << 30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_blocks_of_any_size_agree_and_repeat(monkeypatch: pytest.MonkeyPatch, kind: str, block_bytes: int) -> None:
+    monkeypatch.setattr(cpu, "_ALL_BYTES", 0)
+    monkeypatch.setattr(cpu, "_BLOCK_BYTES", block_bytes)
+    inputs, gate_TK = case(slots_of(kind, 64, 7), 7, 16, 8)
+    dy_TD = torch.randn(64, 16)
+    first = gradients(inputs, gate_TK, dy_TD, "cpu")
+    for found, expected in zip(first, gradients(inputs, gate_TK, dy_TD, "reference"), strict=True):
+        assert relative(found, expected) < 2e-6
+    for _ in range(39):
+        assert all(map(torch.equal, first, gradients(inputs, gate_TK, dy_TD, "cpu")))
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -184,7 +216,8 @@ def test_grouped_refuses_what_torch_cannot_group() -> None:
             apply_experts(*inputs, backend="grouped")
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
+# Not triton: its interpreter multiplies bfloat16 wrongly.
+@pytest.mark.parametrize("backend", ["reference", "cpu", "grouped"])
 def test_bfloat16_is_as_near_as_bfloat16_can_be(backend: str) -> None:
     inputs, gate_TK = case(slots_of("top-2", 64, 4), 4, 32, 16)
     x_TD, routing, up, down = inputs
@@ -195,6 +228,22 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be(backend: str) -> None:
     half.float().sum().backward()  # type: ignore[no-untyped-call]
     assert gate_TK.grad is not None
     assert gate_TK.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="triton is not installed")
+def test_triton_rows_do_not_depend_on_the_rest_of_the_batch() -> None:
+    inputs, gate_TK = case(slots_of("top-2", 60, 5), 5, 24, 40)
+    x_TD, routing, up, down = inputs
+    whole = apply_experts(x_TD, routing, up, down, "triton")
+    few = Routing.from_slots(routing.expert_N.view(60, 2)[20:31], gate_TK[20:31], 5)
+    assert torch.equal(apply_experts(x_TD[20:31], few, up, down, "triton"), whole[20:31])
+
+
+@pytest.mark.skipif("triton" in FAST, reason="triton is installed")
+def test_triton_says_what_it_needs() -> None:
+    inputs, _ = case(slots_of("top-2", 5, 4), 4, 8, 4)
+    with pytest.raises(RoutingError, match="backend triton: expected triton installed"):
+        apply_experts(*inputs, backend="triton")
 
 
 def test_bad_shapes_say_what_was_expected() -> None:

@@ -1,0 +1,156 @@
+"""The kernels of `repro.moe.triton`, which says what each one does.
+
+Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel but
+`_combine` is persistent: program p takes the tiles p, p + programs, … . Row offsets are 64-bit: T·D may exceed 2³¹.
+"""
+
+# The decorators have no types, and a kernel's arguments are pointers and constants that only Triton understands.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["total"])
+def _up(
+    x, w, h, a, s, token, order, tile_expert, tile_first, by_expert, total,
+    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(F, BN)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.load(tile_expert + tile // columns)
+        if e >= 0:
+            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
+            row_in = row < tl.load(by_expert + e + 1)
+            t = tl.load(token + row, mask=row_in, other=0)
+            f = (tile % columns) * BN + tl.arange(0, BN)
+            f_in = f < F
+            gate = tl.zeros((BM, BN), dtype=tl.float32)
+            up = tl.zeros((BM, BN), dtype=tl.float32)
+            for start in range(0, D, BK):
+                d = start + tl.arange(0, BK)
+                d_in = d < D
+                x_tile = tl.load(x + t[:, None] * D + d[None, :], mask=row_in[:, None] & d_in[None, :], other=0)
+                at = w + e * D * 2 * F + d[:, None] * 2 * F + f[None, :]
+                w_in = d_in[:, None] & f_in[None, :]
+                gate = tl.dot(x_tile, tl.load(at, mask=w_in, other=0), gate, input_precision="ieee")
+                up = tl.dot(x_tile, tl.load(at + F, mask=w_in, other=0), up, input_precision="ieee")
+            # Rounded before use, so that the backward, which reads the rounded values, computes the same activation.
+            gate = gate.to(h.dtype.element_ty)
+            up = up.to(h.dtype.element_ty)
+            out_in = row_in[:, None] & f_in[None, :]
+            tl.store(h + row[:, None] * 2 * F + f[None, :], gate, mask=out_in)
+            tl.store(h + row[:, None] * 2 * F + F + f[None, :], up, mask=out_in)
+            gate = gate.to(tl.float32)
+            scale = tl.load(s + row, mask=row_in, other=0)
+            act = gate * tl.sigmoid(gate) * up.to(tl.float32) * scale[:, None]
+            tl.store(a + row[:, None] * F + f[None, :], act.to(a.dtype.element_ty), mask=out_in)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _rows(
+    rows, w, out, token, order, tile_expert, tile_first, by_expert, total,
+    IN: tl.constexpr, OUT: tl.constexpr, STRIDE_IN: tl.constexpr, STRIDE_OUT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(OUT, BN)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.load(tile_expert + tile // columns)
+        if e >= 0:
+            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
+            row_in = row < tl.load(by_expert + e + 1)
+            o = (tile % columns) * BN + tl.arange(0, BN)
+            o_in = o < OUT
+            acc = tl.zeros((BM, BN), dtype=tl.float32)
+            for start in range(0, IN, BK):
+                i = start + tl.arange(0, BK)
+                i_in = i < IN
+                a_tile = tl.load(rows + row[:, None] * IN + i[None, :], mask=row_in[:, None] & i_in[None, :], other=0)
+                at = w + e * IN * OUT + i[:, None] * STRIDE_IN + o[None, :] * STRIDE_OUT
+                w_tile = tl.load(at, mask=i_in[:, None] & o_in[None, :], other=0)
+                acc = tl.dot(a_tile, w_tile, acc, input_precision="ieee")
+            place = tl.load(order + row, mask=row_in, other=0)
+            at = out + place[:, None] * OUT + o[None, :]
+            tl.store(at, acc.to(out.dtype.element_ty), mask=row_in[:, None] & o_in[None, :])
+
+
+@triton.jit
+def _combine(rows, y, by_token, D: tl.constexpr, WIDTH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    d_in = d < D
+    acc = tl.zeros((WIDTH,), dtype=tl.float32)
+    for n in range(tl.load(by_token + t), tl.load(by_token + t + 1)):
+        acc += tl.load(rows + n * D + d, mask=d_in, other=0).to(tl.float32)
+    tl.store(y + t * D + d, acc.to(y.dtype.element_ty), mask=d_in)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _d_hidden(
+    dy, w, h, s, dh, a, ds, token, order, tile_expert, tile_first, by_expert, total,
+    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(F, BN)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = tl.load(tile_expert + tile // columns)
+        if e >= 0:
+            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
+            row_in = row < tl.load(by_expert + e + 1)
+            t = tl.load(token + row, mask=row_in, other=0)
+            f = (tile % columns) * BN + tl.arange(0, BN)
+            f_in = f < F
+            da = tl.zeros((BM, BN), dtype=tl.float32)
+            for start in range(0, D, BK):
+                d = start + tl.arange(0, BK)
+                d_in = d < D
+                dy_tile = tl.load(dy + t[:, None] * D + d[None, :], mask=row_in[:, None] & d_in[None, :], other=0)
+                at = w + e * F * D + f[None, :] * D + d[:, None]
+                w_tile = tl.load(at, mask=d_in[:, None] & f_in[None, :], other=0)
+                da = tl.dot(dy_tile, w_tile, da, input_precision="ieee")
+            tile_in = row_in[:, None] & f_in[None, :]
+            at = row[:, None] * 2 * F + f[None, :]
+            gate = tl.load(h + at, mask=tile_in, other=0).to(tl.float32)
+            up = tl.load(h + at + F, mask=tile_in, other=0).to(tl.float32)
+            scale = tl.load(s + row, mask=row_in, other=0)[:, None]
+            sigma = tl.sigmoid(gate)
+            silu = gate * sigma
+            place = tl.load(order + row, mask=row_in, other=0)
+            tl.store(ds + place * columns + tile % columns, tl.sum(da * silu * up, axis=1), mask=row_in)
+            tl.store(a + row[:, None] * F + f[None, :], (silu * up * scale).to(a.dtype.element_ty), mask=tile_in)
+            da = da * scale
+            dgate = da * up * sigma * (1 + gate * (1 - sigma))
+            tl.store(dh + at, dgate.to(dh.dtype.element_ty), mask=tile_in)
+            tl.store(dh + at + F, (da * silu).to(dh.dtype.element_ty), mask=tile_in)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _weights(
+    a, b, out, token, by_expert, total,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LEFT_BY_TOKEN: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    i_tiles = tl.cdiv(ROWS, BI)
+    j_tiles = tl.cdiv(COLS, BJ)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        e = (tile // (i_tiles * j_tiles)).to(tl.int64)
+        i = (tile // j_tiles) % i_tiles * BI + tl.arange(0, BI)
+        j = tile % j_tiles * BJ + tl.arange(0, BJ)
+        i_in = i < ROWS
+        j_in = j < COLS
+        end = tl.load(by_expert + e + 1)
+        acc = tl.zeros((BI, BJ), dtype=tl.float32)
+        for start in range(tl.load(by_expert + e), end, BR):
+            row = start + tl.arange(0, BR)
+            row_in = row < end
+            t = tl.load(token + row, mask=row_in, other=0)
+            if LEFT_BY_TOKEN:
+                left = t
+                right = row
+            else:
+                left = row
+                right = t
+            a_tile = tl.load(a + left[None, :] * ROWS + i[:, None], mask=row_in[None, :] & i_in[:, None], other=0)
+            b_tile = tl.load(b + right[:, None] * COLS + j[None, :], mask=row_in[:, None] & j_in[None, :], other=0)
+            acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+        at = out + e * ROWS * COLS + i[:, None] * COLS + j[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=i_in[:, None] & j_in[None, :])
