@@ -1,11 +1,23 @@
 """Fixtures that several tests share: one real run at the smoke scale, its bundle, and a key."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import repro
 
 from records import keys
+
+
+@pytest.fixture(autouse=True)
+def numeric_mode_put_back() -> Iterator[None]:
+    """Training in this process sets what holds for the whole process, and hypothesis wants its denormals back."""
+    yield
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

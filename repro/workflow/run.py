@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -185,6 +186,22 @@ def _open_tasks(plan: Mapping[str, Any], folder: Path) -> list[_Task]:
     return list(tasks.values())
 
 
+class _Stop:
+    """Notes Ctrl-C until it is looked for: raised at any moment, it can be lost in a callback of the process machinery."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        in_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGINT, self._note) if in_main else None
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+
+    def close(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
 class _Pool:
     """Runs tasks in forked or spawned processes, one pipe each, so that no lock is shared with one that dies."""
 
@@ -202,16 +219,20 @@ class _Pool:
         unfinished = set(waiting)
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))  # read by the libraries when the fork server loads them
+        stop = _Stop()
         try:
             while waiting or self._running:
+                if stop.asked:
+                    raise KeyboardInterrupt
                 ready = [task for task in waiting.values() if task.needs not in unfinished]
                 ready.sort(key=lambda task: task.segment is not None)  # measures first: they are short and free memory
                 for task in ready[: self._workers - len(self._running)]:
                     self._begin(waiting.pop(task.key))
-                for connection in wait(list(self._running)):
+                for connection in wait(list(self._running), timeout=0.2):
                     assert isinstance(connection, Connection)
                     self._receive(connection, unfinished)
         finally:
+            stop.close()
             for process, _, _ in self._running.values():
                 process.kill()
             for process, _, _ in self._running.values():
