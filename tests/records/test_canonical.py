@@ -111,7 +111,8 @@ def test_time_is_linear(piece: bytes) -> None:
     """Ten times the input takes nowhere near a hundred times as long, also for text that never ends."""
 
     def seconds(size: int) -> float:
-        data = b'["' + piece * (size // len(piece))
+        # Enough brackets in front that the depth is looked at, and then a string that never ends.
+        data = b"[" + b"[]," * 70 + b'"' + piece * (size // len(piece))
         start = time.perf_counter()
         with pytest.raises(MalformedError):
             canonical.loads(data)
@@ -119,6 +120,11 @@ def test_time_is_linear(piece: bytes) -> None:
 
     small = min(seconds(20_000) for _ in range(3))
     assert seconds(200_000) < 40 * max(small, 0.001)
+
+
+def test_a_byte_order_mark_is_named() -> None:
+    with pytest.raises(MalformedError, match="byte order mark"):
+        canonical.loads(b"\xef\xbb\xbf{}")
 
 
 def test_size_limit() -> None:

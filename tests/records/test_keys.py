@@ -117,6 +117,19 @@ def test_signature_primitive() -> None:
             verify_digest(public, message, wrong)
 
 
+def test_no_byte_moves_between_signature_and_message() -> None:
+    """libsodium's interface takes both in one piece, so that a signature of another length would shift where one ends."""
+    key = keys.generate()
+    longer = key.sign(b"extra digest") + b"extra "
+    with pytest.raises(InvalidError, match="64 bytes, found 70"):
+        verify_digest(key.public.raw, b"digest", longer)
+    signature = key.sign(b"igest")
+    with pytest.raises(InvalidError, match="64 bytes, found 63"):
+        verify_digest(key.public.raw, signature[63:] + b"igest", signature[:63])
+    with pytest.raises(InvalidError, match="32 bytes, found 33"):
+        verify_digest(key.public.raw + b"x", b"igest", signature)
+
+
 @pytest.mark.parametrize("point", SMALL_ORDER)
 def test_small_order_keys_are_refused(point: str) -> None:
     """Under a key of small order, R = key and S = 0 verify for every message in libraries that do not refuse it."""
