@@ -5,6 +5,7 @@ computed.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -71,6 +72,8 @@ class MoE(nn.Module):
         self.score = score
         self.backend = backend
         self.rule: RoutingRule = TopK(top_k, renormalize)
+        # Replaced where the experts live on several processes (`repro.moe.parallel`).
+        self.experts: Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor] = apply_experts
         self.router_ED = nn.Parameter(torch.empty(num_experts, d_model))
         self.w_up_EDF = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_expert))
         self.w_down_EFD = nn.Parameter(torch.empty(num_experts, d_expert, d_model))
@@ -88,7 +91,7 @@ class MoE(nn.Module):
         """The output, shaped like x, and what the router said about the T = x.numel() / d_model tokens."""
         x_TD = x.reshape(-1, x.shape[-1])
         router = self.route(x_TD, rule)
-        y_TD = apply_experts(x_TD, router.routing, self.w_up_EDF, self.w_down_EFD, self.backend)
+        y_TD = self.experts(x_TD, router.routing, self.w_up_EDF, self.w_down_EFD, self.backend)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(x.shape), router

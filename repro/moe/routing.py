@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from repro.moe.errors import RoutingError
@@ -163,18 +164,23 @@ class RouterOutput:
     routing: Routing
 
 
-def balance_loss(router: RouterOutput) -> Tensor:
+def balance_loss(router: RouterOutput, group: dist.ProcessGroup | None = None) -> Tensor:
     """E·Σ_e f_e·p_e, a scalar: 1 when balanced, E when one expert takes all, for any k.
 
     f_e is the share of the assignments that expert e received and p_e its mean score, the scores of a token made to sum
     to 1 (softmax scores do already). The form of Switch Transformer (arXiv 2101.03961, eq. 4), with f over assignments
     rather than tokens so that k drops out. Zero where nothing was routed.
+
+    With a process `group`, f counts the assignments of all its processes; the mean of their losses is then the loss of
+    all their tokens at once.
     """
     scores_TE = router.scores_TE
     if scores_TE.shape[0] == 0:
         return scores_TE.sum()
     load_E = router.routing.load_E.to(scores_TE.dtype)
-    share_E = load_E * (router.routing.num_experts / max(1, router.routing.token_N.numel()))
+    if group is not None:
+        dist.all_reduce(load_E, group=group)
+    share_E = load_E * (router.routing.num_experts / load_E.sum().clamp_min(1))
     # The division by the token's sum comes after the sum over experts: nothing of size (T, E) is made.
     return ((scores_TE @ share_E) / scores_TE.sum(1).clamp_min(torch.finfo(scores_TE.dtype).tiny)).mean()
 
