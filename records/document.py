@@ -175,11 +175,6 @@ def verify_value(
     return Verification(target=target, kind=_KINDS[form], pith_number=number, checks=tuple(checks.found), trust=trust)
 
 
-def verify_record(data: bytes, *, target: str, trusted: KeySet) -> Verification:
-    """`verify_document` for a document that has to be a record."""
-    return verify_document(data, target=target, trusted=trusted)
-
-
 def _schema(checks: _Checks, form: Form, value: Any, fits: Callable[[str, Any], bool] | None) -> None:
     from records.schema import faults
 
@@ -193,7 +188,7 @@ def _schema(checks: _Checks, form: Form, value: Any, fits: Callable[[str, Any], 
 def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[str | None, Trust]:
     """The checks on a canonical record and everything that follows from it; the number, and the receipt's key."""
     record = get(value, "current", "canonical_record") if form == "state" else get(value, "canonical_record")
-    paper, receipt = _receipt_of(form, value)
+    graphs = _graphs(form, value)
     stated = text(value, "canonical_sha256")
     digest = stated if stated is not None and _HEX.fullmatch(stated) else None
     if isinstance(record, dict):
@@ -205,7 +200,7 @@ def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[s
         elif checks.same("canonical_hash", "canonical_sha256", stated, computed):
             checks.add("canonical_hash", "pass", f"SHA-256 of the canonical record is {computed}")
         digest = computed
-        _copies(checks, form, value, record)
+        _copies(checks, form, value, graphs, record)
     else:
         checks.add("canonical_hash", "skip", "the document shows no canonical record to hash")
     number = _number(checks, value, record, digest)
@@ -215,47 +210,47 @@ def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[s
         else value.get("source_aliases", value.get("aliases"))
     )
     _aliases(checks, aliases, record, digest)
-    _texts(checks, value, record, paper)
-    trust = _receipt(checks, receipt, digest, trusted, isinstance(record, dict))
-    if form == "state":
-        snapshots = get(value, "current", "graph_snapshots")
-        graphs = [get(item, "payload", "graph_snapshot") for item in snapshots] if isinstance(snapshots, list) else []
-    else:
-        graphs = [value["graph_snapshot"]] if "graph_snapshot" in value else []
+    _texts(checks, value, graphs, record)
+    trust = _receipt(checks, _receipt_of(form, value), digest, trusted)
     for graph in graphs:
         _snapshot(checks, graph)
-        if isinstance(record, dict) and isinstance(graph, dict) and "source" in graph:
-            checks.same("canonical_hash", "graph_snapshot.source", graph["source"], record.get("source"))
     if not graphs:
         checks.add("snapshot_hash", "skip", "the document holds no graph snapshot")
     return number, trust
 
 
-def _receipt_of(form: Form, value: Any) -> tuple[Any, Any]:
-    """Where a document keeps what is said of the paper, and its receipt (a listing keeps a bare signature)."""
+def _graphs(form: Form, value: Any) -> list[Any]:
+    """The graph snapshots of a document: its own, those of a bundle's events, or those that a state lists."""
     if form == "record":
-        paper = value.get("paper", {"title": value["title"]} if "title" in value else None)
-        receipt = value.get("receipt")
-        if receipt is None and value.get("signature_b64") is not None:
-            receipt = {name: value[name] for name in ("signature_b64", "key_id") if name in value}
-        return paper, receipt
-    if form == "bundle":
-        for event in value["events"] if isinstance(value.get("events"), list) else []:
-            if get(event, "event_type") == "record_created":
-                return None, get(event, "payload", "receipt")
-    return None, None
+        return [value["graph_snapshot"]] if "graph_snapshot" in value else []
+    listed = value.get("events") if form == "bundle" else get(value, "current", "graph_snapshots")
+    found = [get(item, "payload", "graph_snapshot") for item in listed] if isinstance(listed, list) else []
+    return [graph for graph in found if graph is not None]
 
 
-def _copies(checks: _Checks, form: Form, value: Any, record: Mapping[str, Any]) -> None:
+def _receipt_of(form: Form, value: Any) -> Any:
+    """The receipt of a record, or of the event that created a bundle's; a listing keeps a bare signature."""
+    if form == "record":
+        if value.get("receipt") is None and value.get("signature_b64") is not None:
+            return {name: value[name] for name in ("signature_b64", "key_id") if name in value}
+        return value.get("receipt")
+    for event in value["events"] if form == "bundle" and isinstance(value.get("events"), list) else []:
+        if get(event, "event_type") == "record_created":
+            return get(event, "payload", "receipt")
+    return None
+
+
+def _copies(checks: _Checks, form: Form, value: Any, graphs: list[Any], record: Mapping[str, Any]) -> None:
     """Copies of the record's fields outside it carry no hash of their own: where they stand, they have to agree."""
     code = "canonical_hash"
-    if "source" in value:
-        checks.same(code, "source", value["source"], record.get("source"))
+    for place, holder in (("source", value), *(("graph_snapshot.source", graph) for graph in graphs)):
+        if isinstance(holder, dict) and "source" in holder:
+            checks.same(code, place, holder["source"], record.get("source"))
     if form == "record" and isinstance(value.get("schema_version"), str):
         checks.same(code, "schema_version", value["schema_version"], record.get("schema_version"))
     names = (("license", "license"), ("primary_cat", "primary_cat"), ("cross_cats", "cross_cats_sorted"))
-    for place in ("paper", "graph_snapshot"):
-        paper = get(value, "paper") if place == "paper" else get(value, "graph_snapshot", "paper")
+    papers = [("paper", get(value, "paper")), *(("graph_snapshot.paper", get(graph, "paper")) for graph in graphs)]
+    for place, paper in papers:
         for name, name_in_record in (*names, ("submitted_at", "submitted_at")):
             if isinstance(paper, dict) and name in paper:
                 checks.same(code, f"{place}.{name}", paper[name], get(record, "metadata", name_in_record))
@@ -322,20 +317,21 @@ def _aliases(checks: _Checks, aliases: Any, record: Any, digest: str | None) -> 
         checks.add("aliases", "skip", "the document lists no aliases")
 
 
-def _texts(checks: _Checks, value: Any, record: Any, paper: Any) -> None:
+def _texts(checks: _Checks, value: Any, graphs: list[Any], record: Any) -> None:
     """Title and abstract, wherever the document shows them, against the hashes in the record."""
     for code, hashed in (("title_hash", "title_canon_sha256"), ("abstract_hash", "abstract_canon_sha256")):
         name = code.removesuffix("_hash")
         expected = text(record, "metadata", hashed)
-        places = {name: text(paper, name), f"graph_snapshot.paper.{name}": text(value, "graph_snapshot", "paper", name)}
-        stated = {place: found for place, found in places.items() if found is not None}
+        places = [(name, text(value, name)), (f"paper.{name}", text(value, "paper", name))]
+        places += [(f"graph_snapshot.paper.{name}", text(graph, "paper", name)) for graph in graphs]
+        stated = [(place, found) for place, found in places if found is not None]
         if not stated or expected is None:
             reason = f"the document shows no {name}" if not stated else f"the record shows no {hashed}"
-            if not stated and text(paper, f"{name}_excerpt") is not None:
+            if not stated and text(value, "paper", f"{name}_excerpt") is not None:
                 reason += ", only an excerpt, which its hash does not cover"
             checks.add(code, "skip", reason)
             continue
-        for place, found in stated.items():
+        for place, found in stated:
             _text(checks, code, place, found, expected)
 
 
@@ -350,7 +346,7 @@ def _text(checks: _Checks, code: str, place: str, found: str, expected: str) -> 
     checks.add(code, "fail", f"{place} hashes to {canonical_text_sha256(found)}, the record says {shown(expected)}")
 
 
-def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet, has_record: bool) -> Trust:
+def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet) -> Trust:
     """`receipt_signature`, `receipt_digest` and `key_trust`."""
     codes = ("receipt_signature", "receipt_digest", "key_trust")
     if not isinstance(receipt, dict) or text(receipt, "signature_b64") is None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
-from records.document import get, shown, verify_record
+from records.document import get, shown, verify_document
 from records.errors import InvalidError, MalformedError, ReproError, UsageError
 from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets, utc_key
 from records.number import FULL_NUMBER, parse_reference
@@ -226,7 +226,7 @@ def _pith_subject(files: Mapping[str, bytes], name: str, sha: str, trusted: KeyS
     if PITH_RECORD not in files:
         detail = f"expected {PITH_RECORD} for the subject {name}, found none"
         return [Check(code="pith_number", status="fail", detail=detail)]
-    verified = verify_record(files[PITH_RECORD], target=PITH_RECORD, trusted=trusted)
+    verified = verify_document(files[PITH_RECORD], target=PITH_RECORD, trusted=trusted)
     # The record's own receipt is reported, but its key gives the replication no trust: that comes from the envelope.
     checks = [check for check in verified.checks if check.code != "key_trust"]
     if verified.state == "malformed":

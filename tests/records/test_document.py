@@ -67,6 +67,7 @@ def put(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
         ("aliases", put("aliases", "5", "alias_value", to="IV7VH3NC")),
         ("title_hash", put("paper", "title", to="Dense LLMs Can Surpass Mixture-of-Experts")),
         ("title_hash", put("graph_snapshot", "paper", "title", to="Another")),
+        ("title_hash", put("title", to="Another")),
         ("abstract_hash", put("paper", "abstract", to="Another abstract.")),
         ("receipt_digest", put("receipt", "canonical_sha256", to="0" * 64)),
         ("receipt_signature", put("receipt", "algorithm", to="rsa")),
@@ -215,6 +216,22 @@ def state_of(record: dict[str, Any]) -> dict[str, Any]:
                     "graph_snapshots": [{"event_id": "sha256:" + "0" * 64,
                                          "payload": {"graph_snapshot": record["graph_snapshot"]}}]},
     }  # fmt: skip
+
+
+def test_a_bundle_or_state_whose_snapshot_is_of_another_paper(verify: Verify, signed: dict[str, Any]) -> None:
+    for whole, graph in ((bundle_of(signed), ("events", 1)), (state_of(signed), ("current", "graph_snapshots", 0))):
+        for name, code in (("paper", "title_hash"), ("source", "canonical_hash"), ("claims", "snapshot_hash")):
+            changed = copy.deepcopy(whole)
+            place = changed
+            for step in (*graph, "payload", "graph_snapshot"):
+                place = place[step]
+            if name == "paper":
+                place["paper"]["title"] = "Another"
+            else:
+                place[name] = (
+                    {"count": 0, "snapshot_sha256": "0" * 64} if name == "claims" else {**place[name], "version": 1}
+                )
+            assert failed(verify(changed)) == {code}
 
 
 def test_state(verify: Verify, signed: dict[str, Any]) -> None:
