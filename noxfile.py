@@ -91,3 +91,9 @@ def _reproduce(session: nox.Session, paper: str) -> None:
 def reproduce_emoe(session: nox.Session) -> None:
     """Elastic MoE (arXiv 2509.21892)."""
     _reproduce(session, "emoe")
+
+
+@nox.session(name="reproduce-emo", default=False)
+def reproduce_emo(session: nox.Session) -> None:
+    """EMO (arXiv 2605.13247)."""
+    _reproduce(session, "emo")

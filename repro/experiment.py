@@ -183,21 +183,35 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A line of a figure: `arm` (or group) through `metrics`, a metric for each of the figure's x values."""
+    """A line of a figure: `arm` (or group) through `metrics`, one for each of the figure's x values.
+
+    With `arms`, each x value has its own arm instead, and `arm` only names the line.
+    """
 
     arm: str
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A figure drawn from metrics: every seed, the mean, and its 95% interval."""
+    """A figure: every seed, the mean, and its 95% interval.
+
+    `metrics` draws the curves' metrics against `x`; `training` the traced loss of the curves' arms against tokens, with a
+    mark wherever a segment begins.
+    """
 
     title: str
     x_label: str
     y_label: str
-    x: tuple[float, ...]
+    x: tuple[float, ...] = ()
     curves: tuple[Curve, ...]
+    kind: Literal["metrics", "training"] = "metrics"
+
+    def __post_init__(self) -> None:
+        for curve in self.curves:
+            if self.kind == "metrics" and not len(curve.metrics) == len(self.x) == len(curve.arms or self.x):
+                raise ValueError(f"figure {self.title!r}: expected a metric for each of {len(self.x)} x values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -345,6 +345,15 @@ def test_a_bundle_wants_a_finished_and_judged_run(smoke_run, tmp_path):
         make_bundle(tmp_path / "nothing", key=None)
 
 
+def test_code_that_changed_during_the_run_is_not_bundled(smoke_run, tmp_path):
+    again = copy_of(smoke_run, tmp_path / "run")
+    run = json.loads((again / "run.json").read_bytes())
+    run["code"]["sha256"] = "0" * 64
+    (again / "run.json").write_bytes(canonical.dumps(run))
+    with pytest.raises(InvalidError, match="the code changed while the run went on"):
+        make_bundle(again, key=None)
+
+
 def test_a_finished_run_is_not_run_again(smoke_run, tmp_path):
     again = copy_of(smoke_run, tmp_path / "run")
     done = repro("run", "emoe", "--scale", "smoke", "--out", again)

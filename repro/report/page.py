@@ -12,7 +12,7 @@ from records import canonical
 from repro.config import decode
 from repro.experiment import Claim, Figure
 from repro.judge import Evidence
-from repro.report.figures import draw
+from repro.report.figures import Losses, draw
 
 
 def render(
@@ -20,13 +20,14 @@ def render(
     outcome: Mapping[str, Any],
     run: Mapping[str, Any],
     evidence: Evidence,
+    losses: Losses,
     files: Mapping[str, bytes],
 ) -> str:
     """The page; the same text for the same arguments.
 
     Args:
         plan, outcome, run: the contents of plan.json, outcome.json and run.json.
-        evidence: what the run's files prove.
+        evidence, losses: what the run's files prove.
         files: the evidence files by name, for their measured times.
     """
     groups = {group["id"]: group for group in plan["groups"]}
@@ -48,7 +49,7 @@ def render(
         figures=[
             (
                 figure,
-                Markup(draw(figure, evidence, seeds=plan["seeds"], chosen=outcome["groups"], labels=labels)),  # noqa: S704
+                Markup(draw(figure, evidence, losses, seeds=plan["seeds"], chosen=outcome["groups"], labels=labels)),  # noqa: S704
             )
             for figure in figures
         ],

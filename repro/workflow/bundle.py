@@ -37,6 +37,11 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
     if not same_outcome(outcome, {"plan_sha256": plan_digest(plan)} | judge(plan, loaded.evidence)):
         raise InvalidError(f"{folder / OUTCOME}: not what the judge makes of the evidence; run repro judge {folder}")
     run = canonical.loads(files[RUN])
+    if run["code"]["sha256"] != plan["code"]["sha256"]:
+        raise InvalidError(
+            f"{folder}: the code changed while the run went on (expected {plan['code']['sha256'][:12]}, found "
+            f"{run['code']['sha256'][:12]}): nothing says which code trained what; run it again in another --out"
+        )
     finished_at = run["sessions"][-1]["finished_at"]
     if finished_at is None:
         raise UsageError(f"{folder}: the run is not finished; go on with repro run … --resume")

@@ -24,9 +24,13 @@ from repro.workflow.plan import ArmJob, SegmentJob, jobs, plan_digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """Evidence by (arm, seed); `faults` are chains that do not hold; `missing` files of arms that were not run."""
+    """Evidence by (arm, seed); `faults` are chains that do not hold; `missing` files of arms that were not run.
+
+    `losses`: by (arm, seed), for each of its segments, (tokens since the arm's start, mean loss of a step group).
+    """
 
     evidence: Mapping[tuple[str, int], ArmEvidence]
+    losses: Mapping[tuple[str, int], list[list[tuple[int, float]]]]
     faults: tuple[str, ...]
     missing: tuple[str, ...]
     lines: int
@@ -46,6 +50,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
     missing: list[str] = []
     checked: dict[str, tuple[str, str, str] | None] = {}
     losses: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
     lines = 0
     for job in jobs(plan):
         for segment in job.segments:
@@ -77,11 +82,12 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
         try:
             entries, _ = check_chain(files[job.file], genesis(last[1], job.digest), name=job.file)
             lines += len(entries)
+            curves[job.arm, job.seed] = _curve(job, losses)
             derived = _recovery(job, losses) | _seconds(job, files)
             evidence[job.arm, job.seed] = _arm_evidence(job, entries, derived, weights=last[2])
         except ReproError as error:
             faults.append(str(error))
-    return Loaded(evidence=evidence, faults=tuple(faults), missing=tuple(missing), lines=lines)
+    return Loaded(evidence=evidence, losses=curves, faults=tuple(faults), missing=tuple(missing), lines=lines)
 
 
 def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str) -> str:
@@ -131,6 +137,15 @@ _DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")
 
 def _is_decimal(value: object) -> bool:
     return isinstance(value, str) and _DECIMAL.fullmatch(value) is not None
+
+
+def _curve(job: ArmJob, losses: Mapping[str, list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
+    curve, before = [], 0
+    for segment in job.segments:
+        tokens = segment.tokens // segment.config["train"]["steps"]
+        curve.append([(before + step * tokens, loss) for step, loss in losses[segment.digest]])
+        before += segment.tokens
+    return curve
 
 
 _LEVEL = 5  # step groups whose mean is the level that a loss was at

@@ -186,7 +186,7 @@ def _needed(
     groups = tuple(group for group in design.groups if group.id in wanted)
     names = wanted | {arm for group in groups for arm in group.among}
     arms = tuple(arm for arm in design.arms if arm.id in names)
-    figures = tuple(f for f in design.figures if all(curve.arm in names for curve in f.curves))
+    figures = tuple(f for f in design.figures if all(names.issuperset(c.arms or (c.arm,)) for c in f.curves))
     return arms, groups, figures
 
 

@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Path:
     if loaded.faults:
         raise InvalidError(f"{folder}: {loaded.faults[0]}")
     path = folder / "report.html"
-    write_atomically(path, render(plan, outcome, run, loaded.evidence, files).encode())
+    write_atomically(path, render(plan, outcome, run, loaded.evidence, loaded.losses, files).encode())
     return path
 
 

@@ -21,7 +21,7 @@ def evidence(values):
 
 
 def svg(values, **more):
-    return draw(FIGURE, evidence(values), seeds=[0, 1, 2], chosen={}, labels={"a": "arm <a>"}, **more)
+    return draw(FIGURE, evidence(values), {}, seeds=[0, 1, 2], chosen={}, labels={"a": "arm <a>"}, **more)
 
 
 def test_a_figure_is_the_same_bytes_every_time_and_draws_every_seed():
@@ -38,6 +38,25 @@ def test_a_curve_without_evidence_is_named_and_text_is_escaped():
     assert "<a>" not in page
     assert "&lt;a&gt;" in page
     assert page.startswith("<svg")
+
+
+def test_training_curves_and_figures_over_arms():
+    training = Figure(title="t", x_label="tokens", y_label="loss", curves=(Curve(arm="a"),), kind="training")
+    losses = {("a", 0): [[(10, 3.0), (20, 2.5)], [(30, 2.7), (40, 2.2)]]}
+    page = draw(training, {}, losses, seeds=[0, 1], chosen={}, labels={})
+    assert "a (1 seeds)" in page
+    over = Figure(
+        title="t",
+        x_label="x",
+        y_label="y",
+        x=(1.0, 2.0),
+        curves=(Curve(arm="line", arms=("a", "b"), metrics=("l1", "l1")),),
+    )
+    some = evidence([(1.0, 2.0)]) | {("b", 0): ArmEvidence(status="complete", weights="", metrics={"l1": "3"})}
+    assert "line (1 seeds)" in draw(over, some, {}, seeds=[0], chosen={}, labels={})
+    assert "line: not measured" in draw(over, evidence([(1.0, 2.0)]), {}, seeds=[0], chosen={}, labels={})
+    with pytest.raises(ValueError, match="a metric for each of 2"):
+        Figure(title="t", x_label="x", y_label="y", x=(1.0, 2.0), curves=(Curve(arm="a", metrics=("l",)),))
 
 
 PLAN = {
