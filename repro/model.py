@@ -287,9 +287,10 @@ def rotations(length: int, width: int, theta: float) -> Tensor:
 
 def rotate(x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
     """Turn neighbouring channels (2c, 2c + 1) of each head by the position's angle; `turn_SC` covers all heads of x."""
-    dtype = torch.promote_types(x_BSD.dtype, torch.float32)
-    pairs_BSC = torch.view_as_complex(x_BSD.to(dtype).view(*x_BSD.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs_BSC * turn_SC.to(dtype.to_complex())).flatten(-2).to(x_BSD.dtype)
+    wide = x_BSD.dtype == torch.float64
+    pairs_BSC = x_BSD.to(torch.float64 if wide else torch.float32).view(*x_BSD.shape[:-1], -1, 2)
+    turned_BSC = torch.view_as_complex(pairs_BSC) * turn_SC.to(torch.complex128 if wide else torch.complex64)
+    return torch.view_as_real(turned_BSC).flatten(-2).to(x_BSD.dtype)
 
 
 @dataclass(frozen=True, slots=True)

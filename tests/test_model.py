@@ -182,6 +182,20 @@ def test_accounting_gives_a_published_config() -> None:
     assert count.flops_training - readout == pytest.approx(6 * count.active_non_vocab + 12 * D * 2048 * 16, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+def test_compiling_the_model_leaves_the_experts_out_and_changes_nothing() -> None:
+    config = dataclasses.replace(SMALL, num_layers=1, d_shared=0)
+    model, batch = Transformer(config), tokens(config)
+    expected = model(batch).logits_BSV
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(batch).logits_BSV
+    torch.testing.assert_close(found, expected)
+    names = [name for name, _ in model.named_parameters()]
+    grads = [torch.autograd.grad(y.square().mean(), list(model.parameters())) for y in (found, expected)]
+    for name, a, b in zip(names, *grads, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

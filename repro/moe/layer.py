@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as nnf
 
 from repro.moe.errors import NonFiniteError, RoutingError
@@ -89,6 +90,11 @@ class MoE(nn.Module):
 
     def forward_with_router(self, x: Tensor, rule: RoutingRule | None = None) -> tuple[Tensor, RouterOutput]:
         """The output, shaped like x, and what the router said about the T = x.numel() / d_model tokens."""
+        if torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self, x, rule)
+        return self._forward(x, rule)
+
+    def _forward(self, x: Tensor, rule: RoutingRule | None) -> tuple[Tensor, RouterOutput]:
         x_TD = x.reshape(-1, x.shape[-1])
         router = self.route(x_TD, rule)
         y_TD = self.experts(x_TD, router.routing, self.w_up_EDF, self.w_down_EFD, self.backend)
@@ -116,6 +122,13 @@ class MoE(nn.Module):
         bad = int((~logits_TE.isfinite()).sum())
         if bad:
             raise NonFiniteError(self.name, f"{bad} of {logits_TE.numel()} NaN or infinite")
+
+
+# Experts differ in their number of rows from call to call, which a compiler cannot specialise on: torch.compile compiles
+# what surrounds the layer. This form of `torch.compiler.disable` loads the compiler (1.7 s) only when it is in use.
+@_disable_dynamo
+def _uncompiled(moe: MoE, x: Tensor, rule: RoutingRule | None) -> tuple[Tensor, RouterOutput]:
+    return moe._forward(x, rule)
 
 
 def check_score(score: str) -> None:
