@@ -54,7 +54,7 @@ def draw(
         if figure.kind == "metrics":
             axes.set_xticks(figure.x)
         axes.grid(alpha=0.25)
-        canvas.legend(loc="outside lower center", ncols=2, frameon=False)
+        canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         out = io.StringIO()
         canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
