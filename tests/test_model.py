@@ -182,7 +182,7 @@ def test_accounting_gives_a_published_config() -> None:
     assert count.flops_training - readout == pytest.approx(6 * count.active_non_vocab + 12 * D * 2048 * 16, rel=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own doings
 def test_compiling_the_model_leaves_the_experts_out_and_changes_nothing() -> None:
     config = dataclasses.replace(SMALL, num_layers=1, d_shared=0)
     model, batch = Transformer(config), tokens(config)
