@@ -21,12 +21,11 @@ from multiprocessing import get_context
 from typing import BinaryIO, Final
 
 from records import canonical
-from records.document import verify_value
+from records.document import compiled_schema, verify_value
 from records.errors import InvalidError, MalformedError
 from records.keys import KeySet, fingerprint
 from records.receipt import verify_digest
 from records.report import EXIT_CODES, Check, State, Verification
-from records.schema import predicate
 
 CHUNK_BYTES: Final = 256 * 1024
 
@@ -43,7 +42,7 @@ def _fast_pattern() -> re.Pattern[bytes]:
     """
     sha = "[0-9a-f]{64}"
     record = (
-        rf'\{{"metadata":\{{"abstract_canon_sha256":"{sha}","cross_cats_sorted":\[(?P<cats>(?:"{_S}"(?:,(?=")|(?=\])))*+)\],'
+        rf'\{{"metadata":\{{"abstract_canon_sha256":"{sha}","cross_cats_sorted":\[(?:"{_S}"(?:,(?=")|(?=\])))*+\],'
         rf'"license":"{_S}","primary_cat":"[!#-\[\]-~]{_S}","submitted_at":"(?P<year>\d{{4}})-\d\d-\d\dT\d\d:\d\d:\d\dZ",'
         rf'"title_canon_sha256":"{sha}"\}},"schema_version":"1\.0",'
         r'"source":\{"id":"\d{4}\.\d{4,5}","kind":"arxiv","version":[1-9]\d{0,9}\}\}'
@@ -89,7 +88,6 @@ class LineVerifier:
             if key is not None and (key.valid_from, key.valid_until, key.revoked_at) == (None, None, None):
                 self._keys[key_id.encode()] = (key.raw, fingerprint(key.raw).encode())
         self._templates: dict[bytes | None, _Template] = {}
-        self._distinct: set[bytes] = {b""}
         self.seen: Counter[State] = Counter()
 
     def line(self, line: bytes, number: int) -> bytes:
@@ -100,12 +98,11 @@ class LineVerifier:
         """The answer for a line that `_FAST` matches and whose every check passes; None for any other."""
         match = _FAST.fullmatch(line)
         if match is not None and len(line) <= self._max_bytes:
-            record, cats, year, sha, suffix, key_id, print_, signature = match.groups()
+            record, year, sha, suffix, key_id, print_, signature = match.groups()
             raw = sha256(record).digest()
             if (
                 unhexlify(sha) == raw
                 and int(suffix.translate(_BASE32), 32) == int.from_bytes(raw[:17], "big") >> 6
-                and (cats in self._distinct or self._are_distinct(cats))
                 and (signature is None or self._receipt_holds(raw, key_id, print_, signature))
             ):
                 template = self._templates.get(key_id)
@@ -114,13 +111,6 @@ class LineVerifier:
                 self.seen[template.state] += 1
                 return template.text % (number, year, suffix, sha, suffix, year)
         return None
-
-    def _are_distinct(self, cats: bytes) -> bool:
-        """Whether a list of categories holds none twice; the common lists are remembered, as long as they are few."""
-        distinct = len(set(cats.split(b","))) == cats.count(b",") + 1
-        if distinct and len(self._distinct) < 10_000:
-            self._distinct.add(cats)
-        return distinct
 
     def _slow(self, line: bytes, number: int) -> bytes:
         if not line or line.isspace():
@@ -162,7 +152,7 @@ class LineVerifier:
         return True
 
     def _general(self, value: object, number: int) -> Verification:
-        return verify_value(value, target=f"{self._name}:{number}", trusted=self._trusted, fits=_fits)
+        return verify_value(value, target=f"{self._name}:{number}", trusted=self._trusted, fits=compiled_schema)
 
     def _learn(self, line: bytes, sha: bytes, year: bytes, suffix: bytes) -> _Template:
         """Make the template of lines like this one from what the general code says of it."""
@@ -180,10 +170,6 @@ class LineVerifier:
             assert text.count(old) == 1, "the general code words its checks otherwise than the template expects"
             text = text.replace(old, new)
         return _Template(text=text, state=found.state)
-
-
-def _fits(form: str, value: object) -> bool:
-    return predicate(form)(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -24,6 +25,10 @@ Form = Literal["record", "bundle", "state", "graph", "mirrors", "key"]
 
 EMPTY_LIST_SHA256: Final = canonical.digest({"payload": []})
 EMPTY_INTEGRITY_SHA256: Final = canonical.digest({"payload": {"detectors": [], "findings": []}})
+#: How many checks of one code and status are listed.
+MAX_ALIKE: Final = 20
+#: From this size in bytes on, jsonschema (about 0.1 ms an item) is asked only where the compiled schema says no.
+LARGE: Final = 64 * 1024
 SIGNED_MESSAGE: Final = "canonical_sha256_bytes"
 
 _KINDS: Final[dict[Form, Kind]] = {
@@ -92,13 +97,24 @@ def shown(value: Any) -> str:
 
 
 class _Checks:
-    """Collects checks: every fault is kept, not just the first."""
+    """Collects checks: every fault is kept, not just the first, and of many alike the first 20 and their number."""
 
     def __init__(self) -> None:
         self.found: list[Check] = []
+        self._counts: Counter[tuple[str, Status]] = Counter()
 
     def add(self, code: str, status: Status, detail: str) -> None:
-        self.found.append(Check(code=code, status=status, detail=detail))
+        self._counts[code, status] += 1
+        if self._counts[code, status] <= MAX_ALIKE:
+            self.found.append(Check(code=code, status=status, detail=detail))
+
+    def all(self) -> tuple[Check, ...]:
+        more = (
+            Check(code=code, status=status, detail=f"and {count - MAX_ALIKE} more, not listed")
+            for (code, status), count in self._counts.items()
+            if count > MAX_ALIKE
+        )
+        return (*self.found, *more)
 
     def same(self, code: str, what: str, found: Any, expected: Any) -> bool:
         """Compare a stated value with what follows from the hashed record; only a difference is reported."""
@@ -131,7 +147,15 @@ def verify_document(
         value = canonical.loads(data, max_bytes=max_bytes)
     except MalformedError as error:
         return empty.with_checks(Check(code="strict_json", status="fail", detail=str(error)))
-    return verify_value(value, target=target, trusted=trusted, asked=asked, schema_known=schema_known)
+    fits = compiled_schema if len(data) > LARGE else None
+    return verify_value(value, target=target, trusted=trusted, asked=asked, schema_known=schema_known, fits=fits)
+
+
+def compiled_schema(form: str, value: Any) -> bool:
+    """Whether a value fits the schema of its form, by the predicate compiled from it: quick, and without reasons."""
+    from records.schema import predicate
+
+    return predicate(form)(value)
 
 
 def verify_value(
@@ -153,7 +177,7 @@ def verify_value(
     if form is None:
         detail = "expected a Pith record, bundle, state, graph, mirror manifest or key, found none of their fields"
         checks.add("schema", "fail", detail)
-        return Verification(target=target, kind="pith_record", checks=tuple(checks.found))
+        return Verification(target=target, kind="pith_record", checks=checks.all())
     if schema_known is not None:
         checks.add("schema", "pass", schema_known)
     else:
@@ -172,7 +196,7 @@ def verify_value(
         trust = _keys(checks, form, value, trusted)
     if asked is not None:
         _asked(checks, asked, number, value)
-    return Verification(target=target, kind=_KINDS[form], pith_number=number, checks=tuple(checks.found), trust=trust)
+    return Verification(target=target, kind=_KINDS[form], pith_number=number, checks=checks.all(), trust=trust)
 
 
 def _schema(checks: _Checks, form: Form, value: Any, fits: Callable[[str, Any], bool] | None) -> None:

@@ -10,6 +10,7 @@ every byte.
   `verdicts`.
 """
 
+import base64
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ def build_replication(
     bundle = {check_name(name): bytes(data) for name, data in files.items()}
     if key is not None:
         bundle[PUBLIC_KEY] = canonical.dumps(key.public.to_json())
+        for name, data in bundle.items():
+            if any(form in data for form in (key.seed, key.seed.hex().encode(), base64.b64encode(key.seed))):
+                raise InvalidError(f"{name!a} holds the signing key; take it out before publishing, and make a new key")
     refuse_secrets(bundle)
     bundle[MANIFEST] = build_manifest(bundle)
     predicate = {**predicate, "manifest_sha256": canonical.sha256_hex(bundle[MANIFEST])}

@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from records.canonical import encode_parsed
-
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
@@ -64,7 +62,7 @@ def _compiled(node: dict[str, Any], definitions: dict[str, Any]) -> Predicate:
     return lambda value: all(test(value) for test in tests)
 
 
-_READ_WITH_OTHERS: Final = frozenset({"additionalProperties"})
+_READ_WITH_OTHERS: Final = frozenset({"additionalProperties", "else"})
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "null": (type(None),),
 }  # fmt: skip
@@ -89,8 +87,9 @@ def _test(keyword: str, node: dict[str, Any], definitions: dict[str, Any]) -> Pr
     if keyword == "items":
         item = _compiled(expected, definitions)
         return lambda value: not isinstance(value, list) or all(item(entry) for entry in value)
-    if keyword == "uniqueItems":
-        return lambda value: not isinstance(value, list) or _unique(value)
+    if keyword == "if":
+        condition, otherwise = _compiled(expected, definitions), _compiled(node["else"], definitions)
+        return lambda value: condition(value) or otherwise(value)
     if keyword == "anyOf":
         choices = [_compiled(choice, definitions) for choice in expected]
         return lambda value: any(choice(value) for choice in choices)
@@ -115,9 +114,3 @@ def _limit(keyword: str, limit: int) -> Predicate:
     if keyword == "maxItems":
         return lambda value: not isinstance(value, list) or len(value) <= limit
     return lambda value: type(value) is not int or value >= limit
-
-
-def _unique(values: list[Any]) -> bool:
-    if all(type(value) is str for value in values):
-        return len(set(values)) == len(values)
-    return len({encode_parsed(value) for value in values}) == len(values)

@@ -44,7 +44,7 @@ def run_batch(target: str, arguments: argparse.Namespace, trusted: "KeySet", max
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            raise UsageError(f"cannot read {plain(target)}: {error.strerror or error}") from None
+            raise UsageError(f"reading {plain(target)} or writing the results: {error.strerror or error}") from None
     sys.stdout.buffer.flush()
     print(
         f"{chr(13) if progress else ''}repro: {plain(target)}: {_summary(states, time.monotonic() - start)}",

@@ -171,10 +171,14 @@ def _asked_by_url(url: str) -> Any:
 
 def _bundle(source: Path | bytes, target: str, resolver: "Resolver") -> "Verification":
     from records.errors import MalformedError
-    from records.package import read_bundle
+    from records.package import STATEMENT, read_bundle
     from records.report import Check, Verification
 
     try:
+        if isinstance(source, Path) and source.is_dir() and not (source / STATEMENT).is_file():
+            raise MalformedError(
+                f"bundle: expected {STATEMENT} in the folder, found none; this is no replication bundle"
+            )
         files = read_bundle(source)
     except MalformedError as error:
         check = Check(code="schema", status="fail", detail=str(error))

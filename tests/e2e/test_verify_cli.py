@@ -99,6 +99,12 @@ def test_binary_junk_is_malformed(data: bytes, tmp_path: Path, capsys: pytest.Ca
     assert "malformed" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_no_bundle_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    assert main(["verify", str(tmp_path)]) == 3
+    assert "no replication bundle" in capsys.readouterr().out
+
+
 def test_an_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

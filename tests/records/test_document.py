@@ -194,6 +194,16 @@ def test_what_no_rule_is_known_for_is_skipped(verify: Verify, signed: dict[str, 
     assert "skip" in [c.status for c in verify(signed).checks if c.code == "aliases"]
 
 
+def test_many_faults_alike_are_counted_and_not_all_listed(verify: Verify, signed: dict[str, Any]) -> None:
+    signed["aliases"] += [{"alias_kind": "arxiv", "alias_value": str(number)} for number in range(5000)]
+    found = verify(signed)
+    faults = [check for check in found.checks if check.code == "aliases" and check.status == "fail"]
+    assert len(faults) == 21 and faults[-1].detail == "and 4980 more, not listed"
+    assert len(json.dumps(signed)) > document.LARGE and status(found, "schema") == "pass"
+    signed["aliases"].append({})
+    assert "schema" in failed(verify(signed))  # and jsonschema says where, in a large document as in a small one
+
+
 def test_bundle(verify: Verify, signed: dict[str, Any]) -> None:
     found = verify(bundle_of(signed))
     assert (found.kind, found.state) == ("pith_bundle", "trusted"), found

@@ -216,6 +216,12 @@ def test_secrets_and_home_paths_are_kept_out(secret: bytes) -> None:
         build(environment={"note": secret.decode()})
 
 
+@pytest.mark.parametrize("form", [KEY.seed, KEY.seed.hex().encode(), base64.b64encode(KEY.seed)])
+def test_the_signing_key_itself_is_kept_out_in_any_form(form: bytes) -> None:
+    with pytest.raises(InvalidError, match="holds the signing key"):
+        build(FILES | {"log.txt": b"x" + form + b"x"})
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "statement.dsse.json", "signing-key.json"])
 def test_what_the_bundler_writes_is_not_taken_from_the_run(name: str) -> None:
     with pytest.raises(MalformedError, match="written by the bundler"):
