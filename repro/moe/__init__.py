@@ -14,7 +14,7 @@ Tensor names end in their axes, here and in all that builds on this package:
 `weight_TK` is a (T, K) tensor; `order_N` has N entries. A trailing 2F is the gate half, then the up half.
 """
 
-from repro.moe.errors import NonFiniteError, RoutingError
+from repro.moe.errors import MoEMemoryError, NonFiniteError, RoutingError
 from repro.moe.experts import BACKENDS, apply_experts
 from repro.moe.layer import MoE, SwiGLU
 from repro.moe.routing import RouterOutput, Routing, RoutingRule, TopK, balance_loss
@@ -22,6 +22,7 @@ from repro.moe.routing import RouterOutput, Routing, RoutingRule, TopK, balance_
 __all__ = [
     "BACKENDS",
     "MoE",
+    "MoEMemoryError",
     "NonFiniteError",
     "RouterOutput",
     "Routing",

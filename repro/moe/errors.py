@@ -16,3 +16,14 @@ class NonFiniteError(ReproError):
             f"{layer}: expected finite router logits, found {found}; the run diverged at or before this layer: "
             "lower the learning rate, or look for the step at which the gradient norm left its range"
         )
+
+
+class MoEMemoryError(UsageError):
+    """The experts' activations do not fit the memory; the message says how many tokens would."""
+
+    def __init__(self, tokens: int, token_bytes: int, free_bytes: int) -> None:
+        fitting = free_bytes // token_bytes
+        super().__init__(
+            f"experts: {tokens} tokens need about {tokens * token_bytes / 2**30:.1f} GiB at once, "
+            f"{free_bytes / 2**30:.1f} GiB are free; give at most about {fitting} tokens a step, or fewer experts a token"
+        )

@@ -6,14 +6,17 @@ input-major: the forward GEMMs then read them as they lie. (On the CPU the three
 input-major is also what `grouped_mm` takes with no transposition.)
 """
 
+import os
+
 import torch
 from torch import Tensor
 
 from repro.moe import cpu, grouped, reference, triton
-from repro.moe.errors import RoutingError
+from repro.moe.errors import MoEMemoryError, RoutingError
 from repro.moe.routing import Routing
 
-BACKENDS = ("auto", "reference", "cpu", "grouped", "triton")
+_COMPUTE = {"reference": reference.apply, "cpu": cpu.apply, "grouped": grouped.apply, "triton": triton.apply}
+BACKENDS = ("auto", *_COMPUTE)
 
 
 def apply_experts(
@@ -25,7 +28,8 @@ def apply_experts(
     nobody needs is not computed. `auto` takes the fastest backend for the device and dtype. All backends agree to
     rounding.
 
-    Raises `RoutingError` if the shapes disagree or the backend is unknown.
+    Raises `RoutingError` if the shapes disagree or the backend is unknown, and `MoEMemoryError`, which says what
+    would fit, if the forward pass runs out of memory.
     """
     T, D = x_TD.shape
     E, F = w_down_EFD.shape[:2]
@@ -49,19 +53,26 @@ def apply_experts(
     if backend == "auto":
         # Triton's kernels are chosen by name until they have been measured on a GPU.
         backend = "cpu" if device == "cpu" else "grouped" if grouped.supports(x_TD, w_down_EFD) else "reference"
-    if backend == "cpu":
-        return cpu.apply(x_TD, routing, w_up_EDF, w_down_EFD)
-    if backend == "grouped":
-        return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
-    if backend == "triton":
-        return triton.apply(x_TD, routing, w_up_EDF, w_down_EFD)
-    return reference.apply(x_TD, routing, w_up_EDF, w_down_EFD)
+    try:
+        return _COMPUTE[backend](x_TD, routing, w_up_EDF, w_down_EFD)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        # x, the two halves of the pre-activation, the activation and the output of each of a token's assignments.
+        token_bytes = routing.token_N.numel() * (2 * D + 3 * F) * x_TD.element_size() // T
+        raise MoEMemoryError(T, token_bytes, _free_bytes(x_TD.device)) from error
 
 
 def check_backend(backend: str) -> None:
     """Raise `RoutingError` unless `backend` is one that `apply_experts` knows."""
     if backend not in BACKENDS:
         raise RoutingError(f"expected a backend of {', '.join(BACKENDS)}, found {backend!r}")
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def swiglu(h_TF: Tensor) -> Tensor:

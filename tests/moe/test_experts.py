@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repro.moe import Routing, RoutingError, TopK, apply_experts, cpu
+from repro.moe import MoEMemoryError, Routing, RoutingError, TopK, apply_experts, cpu, experts
 
 FAST = ["cpu", "grouped"]
 # Triton's interpreter runs the kernels without a GPU; in 3.6 it cannot count with numpy 2.4's arrays.
@@ -244,6 +244,31 @@ def test_triton_says_what_it_needs() -> None:
     inputs, _ = case(slots_of("top-2", 5, 4), 4, 8, 4)
     with pytest.raises(RoutingError, match="backend triton: expected triton installed"):
         apply_experts(*inputs, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+)
+def test_out_of_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    def fail(*_: object) -> Tensor:
+        raise error
+
+    monkeypatch.setitem(experts._COMPUTE, "cpu", fail)
+    monkeypatch.setattr(experts, "_free_bytes", lambda device: 10 * 2 * (2 * 8 + 3 * 4) * 4)
+    inputs, _ = case(slots_of("top-2", 50, 4), 4, 8, 4)
+    with pytest.raises(MoEMemoryError, match=r"50 tokens need about .* at most about 10 tokens"):
+        apply_experts(*inputs)
+
+
+def test_other_runtime_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setitem(experts._COMPUTE, "cpu", fail)
+    inputs, _ = case(slots_of("top-2", 50, 4), 4, 8, 4)
+    with pytest.raises(RuntimeError, match="something else"):
+        apply_experts(*inputs)
 
 
 def test_bad_shapes_say_what_was_expected() -> None:
