@@ -1,9 +1,11 @@
-"""Commands of the replicator: papers, claims, plan, run, judge, report, bundle, env."""
+"""Commands of the replicator and the auditor: papers, claims, plan, run, judge, report, bundle, audit, env."""
 
 import argparse
 import json
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ def add_parser(commands: Subparsers) -> None:
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     command.add_argument("--key", type=Path, metavar="FILE", help="private key made by `repro keys new`")
     command.set_defaults(func=_bundle)
+
+    command = commands.add_parser("audit", help="verify a bundle, then execute arms of it again, drawn by you")
+    command.add_argument("file", type=Path, metavar="FILE", help="a replication bundle (zip or folder)")
+    command.add_argument("--arms", type=_positive, default=1, metavar="N", help="arms and seeds to draw (default: 1)")
+    command.add_argument(
+        "--seed", type=int, metavar="S", help="of the draw (default: from the system's random numbers)"
+    )
+    command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.set_defaults(func=_audit)
 
     command = commands.add_parser("env", help="versions, device and code that a run here would record")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -243,6 +255,51 @@ def _bundle(arguments: argparse.Namespace) -> int:
     signed = f"signed with {key.key_id}" if key else "not signed (no --key)"
     print(f"{arguments.output}: {len(files)} files, {signed}")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from records.errors import InvalidError, MalformedError
+    from records.keys import pinned
+    from records.package import read_bundle
+    from records.replication import PLAN
+    from repro.cli.progress import reporter
+    from repro.workflow import audit
+    from repro.workflow.bundle import verify
+    from repro.workflow.plan import estimate, parse_plan, plan_digest
+    from repro.workflow.run import execute_jobs
+
+    files = read_bundle(arguments.file)
+    found = verify(files, target=str(arguments.file), trusted=pinned())
+    if found.exit_code:
+        faults = "; ".join(check.detail for check in found.checks if check.status == "fail")
+        raise (MalformedError if found.state == "malformed" else InvalidError)(
+            f"{arguments.file}: {found.state}: {faults}"
+        )
+    plan = parse_plan(files[PLAN], name=PLAN)
+    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    wanted = audit.draw(plan, arms=arguments.arms, seed=seed)
+    differing = audit.mismatches(plan, wanted)
+    cost = estimate(plan, workers=arguments.workers, wanted=wanted)
+    drawn = ", ".join(f"{job.arm} seed {job.seed}" for job in wanted)
+    print(f"verified; draw {seed}: {drawn}; about {_duration(cost.seconds)}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="repro-audit-") as folder:
+        with reporter() as progress:
+            execute_jobs(plan, Path(folder), wanted, workers=arguments.workers, reporter=progress)
+        audited = audit.compare(plan, wanted, files, Path(folder), exact=not differing)
+    if arguments.json:
+        outcome = audit.result(audited, differing=differing, seed=seed, plan_sha256=plan_digest(plan))
+        print(json.dumps(outcome))
+        return audit.exit_code(audited)
+    if differing:
+        tolerance = plan["tolerance"]["loss"]
+        print(f"not the plan's here: {', '.join(differing)}; losses may differ by {tolerance} nats")
+    else:
+        print("environment, code and corpora are the plan's: every chain has to be the same bytes")
+    for arm in audited:
+        print(
+            f"{arm.agreement.replace('_', ' '):17} {arm.arm} seed {arm.seed} (largest difference {arm.difference:.3g})"
+        )
+    return audit.exit_code(audited)
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class PaperModule(Protocol):
 
 
 def paper_module(slug: str) -> PaperModule:
-    """The package papers.`slug`."""
-    module: PaperModule = importlib.import_module(f"papers.{slug}")
+    """The package papers.`slug`; raises UsageError for a slug that is none of ours, as a foreign plan may hold."""
+    module: PaperModule = importlib.import_module(f"papers.{slug_of(slug)}")
     return module
 
 
@@ -260,12 +260,12 @@ class Estimate:
     workers: int
 
 
-def estimate(plan: Mapping[str, Any], *, workers: int) -> Estimate:
-    """Cost of a plan from the model's FLOP accounting and a rate measured on the scale's hardware."""
+def estimate(plan: Mapping[str, Any], *, workers: int, wanted: Sequence[ArmJob] | None = None) -> Estimate:
+    """Cost of a plan, or of the `wanted` arms of it, from FLOP accounting and a rate measured on the scale's hardware."""
     from repro.cost import TASK_SECONDS, measure_seconds, peak_memory, step_seconds
     from repro.model import ModelConfig, accounting
 
-    arms = jobs(plan)
+    arms = jobs(plan) if wanted is None else wanted
     unique = {segment.digest: segment for arm in arms for segment in arm.segments}
     measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
     device = plan["environment"]["device"]

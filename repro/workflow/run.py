@@ -16,7 +16,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -102,13 +102,20 @@ def execute(plan: Mapping[str, Any], folder: Path, *, workers: int, reporter: Re
     """
     began = _now()
     _write_run_record(folder, started_at=began, finished_at=None)
-    tasks = _open_tasks(plan, folder)
-    segments = {segment.digest: segment for job in jobs(plan) for segment in job.segments}
+    execute_jobs(plan, folder, jobs(plan), workers=workers, reporter=reporter)
+    _write_run_record(folder, started_at=began, finished_at=_now())
+
+
+def execute_jobs(
+    plan: Mapping[str, Any], folder: Path, wanted: Sequence[ArmJob], *, workers: int, reporter: Reporter
+) -> None:
+    """Trains and measures the `wanted` arms of a plan as far as `folder` lacks them; raises what `execute` does."""
+    tasks = _open_tasks(wanted, folder)
+    segments = {segment.digest: segment for job in wanted for segment in job.segments}
     total = sum(segment.tokens for segment in segments.values())
     left = sum(task.tokens for task in tasks)
     reporter.begin(tokens=total, done=total - left, tasks=len(tasks))
     _Pool(plan, folder, workers=workers, reporter=reporter).run(tasks)
-    _write_run_record(folder, started_at=began, finished_at=_now())
 
 
 def finish(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -167,10 +174,10 @@ class _Task:
         return self.segment.tokens if self.segment else 0
 
 
-def _open_tasks(plan: Mapping[str, Any], folder: Path) -> list[_Task]:
-    """Tasks not yet done, each once, in the order of the plan."""
+def _open_tasks(wanted: Sequence[ArmJob], folder: Path) -> list[_Task]:
+    """Tasks not yet done, each once, in the order of the jobs."""
     tasks: dict[str, _Task] = {}
-    for job in jobs(plan):
+    for job in wanted:
         measured = (folder / job.file).exists()
         for number, segment in enumerate(job.segments):
             if not (folder / segment.folder / "final.safetensors").exists():
