@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from records.errors import UsageError
-from repro.moe import MoE, Routing, SwiGLU, TopK, apply_experts
+from repro.moe import MoE, Routing, SwiGLU, TopK, apply_experts, triton
 from repro.moe.grouped import supports
 
 Load = Literal["balanced", "zipf", "one"]
@@ -185,6 +185,8 @@ def _contestants(shape: Shape, device: torch.device) -> dict[str, tuple[Forward,
     if supports(x_TD, down):
         contestants["grouped"] = (on("grouped"), experts)
         contestants["torch"] = (torchs, experts)
+    if device.type == "cuda" and triton.supports(x_TD):
+        contestants["triton"] = (on("triton"), experts)
     contestants["reference"] = (on("reference"), experts)
     return contestants
 

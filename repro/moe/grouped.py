@@ -6,6 +6,7 @@ assignments go through each step at once. Sums over a token's assignments run in
 equal.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,21 @@ from repro.moe.routing import Routing
 
 def supports(x_TD: Tensor, w_down_EFD: Tensor) -> bool:
     """Whether torch's grouped GEMM takes these: a dtype it knows, and rows that are multiples of 16 bytes long."""
-    dtypes = (torch.bfloat16,) if x_TD.device.type == "cuda" else (torch.float32, torch.bfloat16)
-    return x_TD.dtype in dtypes and all(size * x_TD.element_size() % 16 == 0 for size in w_down_EFD.shape[1:])
+    aligned = all(size * x_TD.element_size() % 16 == 0 for size in w_down_EFD.shape[1:])
+    return aligned and _groups(x_TD.device.type, x_TD.dtype)
+
+
+@functools.cache
+def _groups(device: str, dtype: torch.dtype) -> bool:
+    """Which dtypes torch groups differs by device, its capability and torch's version: try it once."""
+    if device == "cuda" and dtype != torch.bfloat16:
+        return False  # torch falls back to a loop there that waits for the device
+    rows, matrices = (torch.ones(shape, device=device, dtype=dtype) for shape in ((8, 8), (1, 8, 8)))
+    try:
+        nnf.grouped_mm(rows, matrices, offs=torch.tensor([8], device=device, dtype=torch.int32))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
