@@ -56,6 +56,8 @@ class Test:
     `closes` asks that left closes the gap from `base` to right: η = Σ(base − left) / Σ(base − right) ≥ `at_least`, or
     with `bound` = `lower` that the lower end of η's 95% bootstrap interval over seeds is; where the gap itself is not
     above 0 in every resample, there is nothing to close and the test cannot be computed.
+    `short_of` asks, as `>` does, whether left is above the point at which that share `at_least` would be closed,
+    base − at_least·(base − right), seed by seed; it needs no gap.
     In a control, `expect` says whether the test has to hold there or has to fail.
     """
 
@@ -63,7 +65,7 @@ class Test:
 
     left: Quantity
     right: Quantity
-    relation: Literal[">", "<", "<=", ">=", "identical", "closes"]
+    relation: Literal[">", "<", "<=", ">=", "identical", "closes", "short_of"]
     margin: float = 0.0
     sigmas: float = 0.0
     alpha: float | None = None
@@ -73,9 +75,11 @@ class Test:
     bound: Literal["mean", "lower"] = "mean"
 
     def __post_init__(self) -> None:
-        if (self.base is None) != (self.relation != "closes"):
-            raise ValueError(f"relation {self.relation!r}: `closes` needs a base, and nothing else has one")
-        if self.alpha is not None and self.relation not in ("<", ">"):
+        if (self.base is None) != (self.relation not in ("closes", "short_of")):
+            raise ValueError(
+                f"relation {self.relation!r}: `closes` and `short_of` need a base, and nothing else has one"
+            )
+        if self.alpha is not None and self.relation not in ("<", ">", "short_of"):
             raise ValueError(f"relation {self.relation!r} has no significance level: leave alpha out")
 
     def __str__(self) -> str:
@@ -85,10 +89,13 @@ class Test:
             eta = "η" if self.bound == "mean" else "lower 95% bound of η"
             text = f"{eta} of {self.left} from {self.base} to {self.right} ≥ {self.at_least:g}"
         else:
-            sign = "+" if self.relation in (">", "<=") else "−"
+            sign = "−" if self.relation in ("<", ">=") else "+"
             extra = f" {sign} {self.margin:g}" if self.margin else ""
             extra += f" {sign} {self.sigmas:g}σ" if self.sigmas else ""
             text = f"{self.left} {self.relation} {self.right}{extra}"
+            if self.relation == "short_of":
+                point = f"where {self.at_least:g} of the gap from {self.base} to {self.right} is closed"
+                text = f"{self.left} > {point}{extra}"
             text += f", p < {self.alpha:g}" if self.alpha is not None else ""
         return text if self.expect == "holds" else f"not ({text})"
 

@@ -131,15 +131,19 @@ class _Bench:
             return self._identical(test.left.arm, test.right.arm), None
         if len(self.seeds) < 2:
             raise _LacksEvidenceError("a paired test needs at least 2 seeds")
-        if test.base:
+        if test.base and test.relation == "closes":
             closure = gap_closure(self.values(test.base), self.values(test.left), self.values(test.right))
             if closure is None:
                 raise _LacksEvidenceError(f"there is no gap to close between {test.base} and {test.right}")
             return (closure.eta if test.bound == "mean" else closure.low) >= test.at_least, closure
-        difference = paired(self.values(test.left), self.values(test.right))
+        right = self.values(test.right)
+        if test.base:
+            right = [b - test.at_least * (b - r) for b, r in zip(self.values(test.base), right, strict=True)]
+        difference = paired(self.values(test.left), right)
         bound = test.margin + test.sigmas * difference.sd
         holds = {
             ">": difference.mean > bound,
+            "short_of": difference.mean > bound,
             "<": difference.mean < -bound,
             "<=": difference.mean <= bound,
             ">=": difference.mean >= -bound,

@@ -241,6 +241,19 @@ def test_closing_a_gap(at_least, bound, holds):
     assert "no gap to close" in none["reason"]
 
 
+@pytest.mark.parametrize(("at_least", "holds"), [(0.5, False), (0.55, False), (0.9, True)])
+def test_falling_short_of_closing_a_gap(at_least, holds):
+    # half of the gap from 2 to 1 is closed, give or take .01 by seed
+    test = Test(
+        left=quantity("a"), right=quantity("b"), base=quantity("c"), relation="short_of", at_least=at_least, sigmas=8
+    )
+    some = evidence(a=(1.49, 1.50, 1.51), b=(1.0, 1.0, 1.0), c=(2.0, 2.0, 2.0))
+    found = verdict(plan(claim(passes=(test,), controls=(test,))), some)["tests"][0]
+    assert found["result"] == ("holds" if holds else "fails")
+    assert float(found["effect"]) == pytest.approx(at_least - 0.5)
+    assert "is closed + 8σ" in str(test)
+
+
 def test_a_quantity_may_be_scaled():
     test = Test(left=quantity("a"), right=Quantity(arm="b", metric="loss", times=0.9), relation="<")
     assert str(test) == "a loss < b loss × 0.9"
@@ -249,6 +262,6 @@ def test_a_quantity_may_be_scaled():
 
 
 def test_a_base_belongs_to_closes_alone():
-    for relation, base in (("closes", None), ("<", quantity("c"))):
-        with pytest.raises(ValueError, match="`closes` needs a base"):
+    for relation, base in (("closes", None), ("short_of", None), ("<", quantity("c"))):
+        with pytest.raises(ValueError, match="`closes` and `short_of` need a base"):
             Test(left=quantity("a"), right=quantity("b"), relation=relation, base=base)
