@@ -244,8 +244,10 @@ def test_what_the_bundler_writes_is_not_taken_from_the_run(name: str) -> None:
 def test_envelopes_of_another_form(change: Callable[[dict[str, Any]], None]) -> None:
     files = build()
     value = json.loads(files["statement.dsse.json"])
+    files["statement.dsse.json"] = json.dumps(value).encode()  # the same, in another spelling
+    assert judged(files).state == "malformed"
     change(value)
-    files["statement.dsse.json"] = json.dumps(value).encode()
+    files["statement.dsse.json"] = canonical.dumps(value)
     assert judged(files).state == "malformed"
 
 
