@@ -45,8 +45,9 @@ def apply_experts(
         )
     check_backend(backend)
     if routing.token_N.numel() == 0:
-        # Nothing to compute; every input stays in the graph, so that its gradient is zero rather than missing.
-        return 0 * (x_TD + routing.weight_N.sum() + w_up_EDF.sum() + w_down_EFD.sum())
+        # Nothing to compute; every input stays in the graph (by no element), so its gradient is zero rather than missing.
+        nothing = [z[:0].sum().to(x_TD.dtype) for z in (x_TD, routing.weight_N, w_up_EDF, w_down_EFD)]
+        return x_TD.new_zeros(T, D) + torch.stack(nothing).sum()
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD, w_up_EDF, w_down_EFD = (z.to(torch.get_autocast_dtype(device)) for z in (x_TD, w_up_EDF, w_down_EFD))

@@ -194,6 +194,8 @@ def test_idle_experts_may_hold_anything(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
 def test_nothing_to_route_gives_zero_and_zero_gradients(backend: str, shape: tuple[int, int]) -> None:
     inputs, gate_TK = case(torch.full(shape, -1), 4, 8, 4)
+    with torch.no_grad():
+        inputs[2][:] = torch.nan
     y_TD, *grads = gradients(inputs, gate_TK, torch.ones(shape[0], 8), backend)
     assert y_TD.shape == (shape[0], 8)
     assert not y_TD.any()
