@@ -129,6 +129,47 @@ def test_require_trusted(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--require trusted" in capsys.readouterr().out
 
 
+def test_batch(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = SIGNED.read_bytes().strip(), b'{"canonical_record":1}'
+    file = tmp_path / "many.jsonl"
+    for lines, expected, code in (
+        ([good, good], ["trusted", "trusted"], 0),
+        ([good, b"", bad, b"\xff", good], ["trusted", "malformed", "malformed", "trusted"], 3),
+        ([good, good.replace(b'"pith:X72AYRLP"', b'"pith:AAAAAAAA"')], ["trusted", "invalid"], 1),
+        ([], [], 4),
+    ):
+        file.write_bytes(b"\n".join(lines))
+        assert main(["verify", "--batch", str(file)]) == code
+        captured = capsysbinary.readouterr()
+        found = [json.loads(line) for line in captured.out.splitlines()]
+        assert [entry["state"] for entry in found] == expected
+        assert captured.err.count(b"\n") == 1 and b"%d targets" % len(expected) in captured.err
+    unsigned = (STORE / "IV7VH3NCTL2M6JAD44FIMISHCY.json").read_bytes()
+    file.write_bytes(unsigned)
+    assert main(["verify", "--batch", str(file), "--require", "trusted"]) == 4
+    assert main(["verify", "--batch", str(tmp_path / "none.jsonl")]) == 2
+    assert main(["verify", "--batch", str(file), "--workers", "0"]) == 2
+    command = [sys.executable, "-m", "repro", "verify", "--batch", "-"]
+    done = subprocess.run(command, input=unsigned * 3, capture_output=True, timeout=60)
+    assert done.returncode == 0 and [json.loads(line)["target"] for line in done.stdout.splitlines()] == [
+        "-:1",
+        "-:2",
+        "-:3",
+    ]
+
+
+def test_colour_and_progress_only_on_a_terminal(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="no terminals on this platform")
+    command = [sys.executable, "-m", "repro", "verify", "pith:X72AYRLP", "--offline"]
+    outer, inner = pty.openpty()
+    done = subprocess.run(command, stdout=inner, stderr=inner, timeout=60)
+    os.close(inner)
+    text = os.read(outer, 65536)
+    os.close(outer)
+    assert done.returncode == 0 and b"\x1b[32mtrusted\x1b[0m" in text
+    assert b"\x1b" not in subprocess.run(command, capture_output=True, timeout=60).stdout
+
+
 def test_what_is_printed_says_what_was_not_proven(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "pith:IV7VH3NC", "--offline"]) == 0
     text = capsys.readouterr().out

@@ -20,7 +20,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def client(**options: Any) -> Client:
-    return Client(**{"backoff": 0.01, "read_timeout": 0.3, **options})
+    return Client(**{"backoff": 0.01, "read_timeout": 5, **options})
 
 
 def test_an_answer(site: Site) -> None:

@@ -37,7 +37,7 @@ def suffix(record: dict[str, Any]) -> str:
 
 
 def resolver(tmp_path: Path, url: str = "https://registry.invalid", **options: Any) -> Resolver:
-    client = Client(offline=options.pop("offline", False), backoff=0.001, read_timeout=1, tries=options.pop("tries", 2))
+    client = Client(offline=options.pop("offline", False), backoff=0.001, read_timeout=5, tries=options.pop("tries", 2))
     return Resolver(client=client, trusted=keys.pinned(), cache=Cache(tmp_path / "c"), registry=url, **options)
 
 
