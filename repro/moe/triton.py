@@ -68,7 +68,7 @@ class Tiles:
 def tiles_for(d_model: int, d_expert: int, dtype: torch.dtype) -> Tiles:
     """The tile sizes for these widths: a frozen choice, so that a result never depends on what ran before it."""
     if interpreted():
-        return Tiles(rows=16, cols=16, depth=16, warps=4, stages=1)
+        return Tiles(rows=16, cols=32, depth=16, warps=4, stages=1)
     if dtype == torch.float32:
         return Tiles(rows=64, cols=64, depth=32, warps=4, stages=2)
     if min(d_model, d_expert) < 128:
@@ -120,7 +120,7 @@ class _Experts(torch.autograd.Function):
         s_N = weight_N[routing.order_N].float()
         N = s_N.numel()
         h_NF, a_NF = x_TD.new_empty(N, 2 * F), x_TD.new_empty(N, F)
-        _launch(_kernels()._up, plan, F, x_TD, w_up_EDF, h_NF, a_NF, s_N, D=D, F=F)
+        _launch(_kernels()._up, plan, F, plan.tiles.cols, x_TD, w_up_EDF, h_NF, a_NF, s_N, D=D, F=F)
         y_TD = _rows_to_tokens(plan, a_NF, w_down_EFD, D, transposed=False)
         ctx.save_for_backward(x_TD, h_NF, s_N, w_up_EDF, w_down_EFD)
         ctx.plan, ctx.weight_dtype = plan, weight_N.dtype
@@ -136,8 +136,10 @@ class _Experts(torch.autograd.Function):
         N = s_N.numel()
         # The weights' gradients need dH and s·A; one kernel gives both, and ds.
         dh_NF, a_NF = torch.empty_like(h_NF), x_TD.new_empty(N, F)
-        partial_NP = s_N.new_empty(N, _ceil(F, plan.tiles.cols))
-        _launch(_kernels()._d_hidden, plan, F, dy_TD, w_down_EFD, h_NF, s_N, dh_NF, a_NF, partial_NP, D=D, F=F)
+        # Half as wide as the others' tiles: beside the sum it holds h, s·A and dH, which would not fit the registers.
+        cols = plan.tiles.cols // 2
+        partial_NP = s_N.new_empty(N, _ceil(F, cols))
+        _launch(_kernels()._d_hidden, plan, F, cols, dy_TD, w_down_EFD, h_NF, s_N, dh_NF, a_NF, partial_NP, D=D, F=F)
         dx_TD = _rows_to_tokens(plan, dh_NF, w_up_EDF, D, transposed=True) if need_x else None
         dweight_N = partial_NP.sum(1).to(ctx.weight_dtype) if need_s else None
         dw_up_EDF = _weight_gradient(plan, x_TD, dh_NF, w_up_EDF, left_by_token=True) if need_up else None
@@ -150,7 +152,7 @@ def _rows_to_tokens(plan: _Plan, rows_NI: Tensor, w: Tensor, D: int, transposed:
     N, inner = rows_NI.shape
     out_ND = rows_NI.new_empty(N, D)
     strides = {"STRIDE_IN": 1, "STRIDE_OUT": inner} if transposed else {"STRIDE_IN": D, "STRIDE_OUT": 1}
-    _launch(_kernels()._rows, plan, D, rows_NI, w, out_ND, IN=inner, OUT=D, **strides)
+    _launch(_kernels()._rows, plan, D, plan.tiles.cols, rows_NI, w, out_ND, IN=inner, OUT=D, **strides)
     T = plan.by_token.numel() - 1
     y_TD = rows_NI.new_empty(T, D)
     width = 128
@@ -182,10 +184,10 @@ def _weight_gradient(plan: _Plan, a: Tensor, b: Tensor, like_EIJ: Tensor, left_b
     return out_EIJ
 
 
-def _launch(kernel: Any, plan: _Plan, columns: int, *tensors: Tensor, **sizes: int) -> None:
-    """A persistent grid over tiles of rows times tiles of columns."""
+def _launch(kernel: Any, plan: _Plan, width: int, cols: int, *tensors: Tensor, **sizes: int) -> None:
+    """A persistent grid over tiles of rows times tiles of `cols` columns of a result of this width."""
     tiles = plan.tiles
-    total = plan.tile_expert.numel() * _ceil(columns, tiles.cols)
+    total = plan.tile_expert.numel() * _ceil(width, cols)
     kernel[(_programs(tensors[0], total),)](
         *tensors,
         plan.token_N,
@@ -196,7 +198,7 @@ def _launch(kernel: Any, plan: _Plan, columns: int, *tensors: Tensor, **sizes: i
         total,
         **sizes,
         BM=tiles.rows,
-        BN=tiles.cols,
+        BN=cols,
         BK=tiles.depth,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

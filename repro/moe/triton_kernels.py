@@ -1,7 +1,8 @@
 """The kernels of `repro.moe.triton`, which says what each one does.
 
 Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel but
-`_combine` is persistent: program p takes the tiles p, p + programs, … . Row offsets are 64-bit: T·D may exceed 2³¹.
+`_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for T·D may
+exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
 """
 
 # The decorators have no types, and a kernel's arguments are pointers and constants that only Triton understands.
@@ -20,18 +21,20 @@ def _up(
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         e = tl.load(tile_expert + tile // columns)
         if e >= 0:
-            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
-            row_in = row < tl.load(by_expert + e + 1)
-            t = tl.load(token + row, mask=row_in, other=0)
+            first = tl.load(tile_first + tile // columns)
+            m = tl.arange(0, BM)
+            row_in = m < tl.load(by_expert + e + 1) - first
+            t = tl.load(token + first + m, mask=row_in, other=0)
             f = (tile % columns) * BN + tl.arange(0, BN)
             f_in = f < F
+            w_e = w + e * D * 2 * F
             gate = tl.zeros((BM, BN), dtype=tl.float32)
             up = tl.zeros((BM, BN), dtype=tl.float32)
             for start in range(0, D, BK):
                 d = start + tl.arange(0, BK)
                 d_in = d < D
                 x_tile = tl.load(x + t[:, None] * D + d[None, :], mask=row_in[:, None] & d_in[None, :], other=0)
-                at = w + e * D * 2 * F + d[:, None] * 2 * F + f[None, :]
+                at = w_e + d[:, None] * 2 * F + f[None, :]
                 w_in = d_in[:, None] & f_in[None, :]
                 gate = tl.dot(x_tile, tl.load(at, mask=w_in, other=0), gate, input_precision="ieee")
                 up = tl.dot(x_tile, tl.load(at + F, mask=w_in, other=0), up, input_precision="ieee")
@@ -39,12 +42,13 @@ def _up(
             gate = gate.to(h.dtype.element_ty)
             up = up.to(h.dtype.element_ty)
             out_in = row_in[:, None] & f_in[None, :]
-            tl.store(h + row[:, None] * 2 * F + f[None, :], gate, mask=out_in)
-            tl.store(h + row[:, None] * 2 * F + F + f[None, :], up, mask=out_in)
+            at = h + first * 2 * F + (m[:, None] * 2 * F + f[None, :])
+            tl.store(at, gate, mask=out_in)
+            tl.store(at + F, up, mask=out_in)
             gate = gate.to(tl.float32)
-            scale = tl.load(s + row, mask=row_in, other=0)
+            scale = tl.load(s + first + m, mask=row_in, other=0)
             act = gate * tl.sigmoid(gate) * up.to(tl.float32) * scale[:, None]
-            tl.store(a + row[:, None] * F + f[None, :], act.to(a.dtype.element_ty), mask=out_in)
+            tl.store(a + first * F + (m[:, None] * F + f[None, :]), act.to(a.dtype.element_ty), mask=out_in)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -57,19 +61,22 @@ def _rows(
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         e = tl.load(tile_expert + tile // columns)
         if e >= 0:
-            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
-            row_in = row < tl.load(by_expert + e + 1)
+            first = tl.load(tile_first + tile // columns)
+            m = tl.arange(0, BM)
+            row_in = m < tl.load(by_expert + e + 1) - first
             o = (tile % columns) * BN + tl.arange(0, BN)
             o_in = o < OUT
+            w_e = w + e * IN * OUT
+            rows_e = rows + first * IN
             acc = tl.zeros((BM, BN), dtype=tl.float32)
             for start in range(0, IN, BK):
                 i = start + tl.arange(0, BK)
                 i_in = i < IN
-                a_tile = tl.load(rows + row[:, None] * IN + i[None, :], mask=row_in[:, None] & i_in[None, :], other=0)
-                at = w + e * IN * OUT + i[:, None] * STRIDE_IN + o[None, :] * STRIDE_OUT
+                a_tile = tl.load(rows_e + m[:, None] * IN + i[None, :], mask=row_in[:, None] & i_in[None, :], other=0)
+                at = w_e + i[:, None] * STRIDE_IN + o[None, :] * STRIDE_OUT
                 w_tile = tl.load(at, mask=i_in[:, None] & o_in[None, :], other=0)
                 acc = tl.dot(a_tile, w_tile, acc, input_precision="ieee")
-            place = tl.load(order + row, mask=row_in, other=0)
+            place = tl.load(order + first + m, mask=row_in, other=0)
             at = out + place[:, None] * OUT + o[None, :]
             tl.store(at, acc.to(out.dtype.element_ty), mask=row_in[:, None] & o_in[None, :])
 
@@ -94,33 +101,39 @@ def _d_hidden(
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         e = tl.load(tile_expert + tile // columns)
         if e >= 0:
-            row = tl.load(tile_first + tile // columns) + tl.arange(0, BM)
-            row_in = row < tl.load(by_expert + e + 1)
-            t = tl.load(token + row, mask=row_in, other=0)
+            first = tl.load(tile_first + tile // columns)
+            m = tl.arange(0, BM)
+            row_in = m < tl.load(by_expert + e + 1) - first
+            t = tl.load(token + first + m, mask=row_in, other=0)
             f = (tile % columns) * BN + tl.arange(0, BN)
             f_in = f < F
+            w_e = w + e * F * D
             da = tl.zeros((BM, BN), dtype=tl.float32)
             for start in range(0, D, BK):
                 d = start + tl.arange(0, BK)
                 d_in = d < D
                 dy_tile = tl.load(dy + t[:, None] * D + d[None, :], mask=row_in[:, None] & d_in[None, :], other=0)
-                at = w + e * F * D + f[None, :] * D + d[:, None]
+                at = w_e + f[None, :] * D + d[:, None]
                 w_tile = tl.load(at, mask=d_in[:, None] & f_in[None, :], other=0)
                 da = tl.dot(dy_tile, w_tile, da, input_precision="ieee")
             tile_in = row_in[:, None] & f_in[None, :]
-            at = row[:, None] * 2 * F + f[None, :]
-            gate = tl.load(h + at, mask=tile_in, other=0).to(tl.float32)
-            up = tl.load(h + at + F, mask=tile_in, other=0).to(tl.float32)
-            scale = tl.load(s + row, mask=row_in, other=0)[:, None]
+            wide = m[:, None] * 2 * F + f[None, :]
+            h_e = h + first * 2 * F
+            dh_e = dh + first * 2 * F
+            gate = tl.load(h_e + wide, mask=tile_in, other=0).to(tl.float32)
+            up = tl.load(h_e + F + wide, mask=tile_in, other=0).to(tl.float32)
+            scale = tl.load(s + first + m, mask=row_in, other=0)[:, None]
             sigma = tl.sigmoid(gate)
             silu = gate * sigma
-            place = tl.load(order + row, mask=row_in, other=0)
-            tl.store(ds + place * columns + tile % columns, tl.sum(da * silu * up, axis=1), mask=row_in)
-            tl.store(a + row[:, None] * F + f[None, :], (silu * up * scale).to(a.dtype.element_ty), mask=tile_in)
+            act = silu * up
+            place = tl.load(order + first + m, mask=row_in, other=0)
+            tl.store(ds + place * columns + tile % columns, tl.sum(da * act, axis=1), mask=row_in)
+            narrow = m[:, None] * F + f[None, :]
+            tl.store(a + first * F + narrow, (act * scale).to(a.dtype.element_ty), mask=tile_in)
             da = da * scale
-            dgate = da * up * sigma * (1 + gate * (1 - sigma))
-            tl.store(dh + at, dgate.to(dh.dtype.element_ty), mask=tile_in)
-            tl.store(dh + at + F, (da * silu).to(dh.dtype.element_ty), mask=tile_in)
+            tl.store(dh_e + F + wide, (da * silu).to(dh.dtype.element_ty), mask=tile_in)
+            dgate = da * up * (sigma + silu * (1 - sigma))
+            tl.store(dh_e + wide, dgate.to(dh.dtype.element_ty), mask=tile_in)
 
 
 @triton.jit(do_not_specialize=["total"])
