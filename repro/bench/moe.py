@@ -158,7 +158,7 @@ def _contestants(shape: Shape, device: torch.device) -> dict[str, tuple[Forward,
     x_TD = torch.randn(T, D, device=device, dtype=dtype, requires_grad=True)
     dense = SwiGLU(D, K * shape.d_expert).to(device, dtype)
     moe = MoE(d_model=D, d_expert=shape.d_expert, num_experts=E, top_k=K).to(device, dtype)
-    rule = _Loaded(slots(shape, shape.load, device))
+    rule = _Loaded(slots(shape, device))
     slots_TK, gate_TK = rule(torch.rand(T, E, device=device), None)
     gate_TK.requires_grad_()
     routing = Routing.from_slots(slots_TK, gate_TK, E, all_filled=True)
@@ -203,14 +203,13 @@ class _Loaded:
         return self.expert_TK, weight_TK / weight_TK.sum(1, keepdim=True)
 
 
-def slots(shape: Shape, load: Load, device: torch.device) -> Tensor:
-    """Experts (T, K) drawn without replacement from the load's popularity: Gumbel noise on its logarithm, then
-    top-k."""
+def slots(shape: Shape, device: torch.device) -> Tensor:
+    """Experts (T, K) drawn without replacement by the load's popularity: Gumbel noise on its logarithm, then top-k."""
     rank_E = torch.arange(1, shape.num_experts + 1, device=device, dtype=torch.float32)
     share_E = torch.ones_like(rank_E)
-    if load == "zipf":
+    if shape.load == "zipf":
         share_E = 1 / rank_E
-    if load == "one":
+    if shape.load == "one":
         # 60% of the first choices, and then of what is left after them.
         share_E[0] = 1.5 * (shape.num_experts - 1)
     noise_TE = -torch.log(-torch.log(torch.rand(shape.tokens, shape.num_experts, device=device).clamp(1e-9, 1 - 1e-7)))
