@@ -9,7 +9,11 @@
 """
 
 import json
+import os
 import re
+import stat
+import sys
+import threading
 from binascii import a2b_base64, unhexlify
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -195,10 +199,11 @@ class LineVerifier:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Whole lines, or one line too long to be kept (`oversize` then holds its length in bytes)."""
+    """Whole lines from byte `offset` of the stream on; or one line too long to be kept, `oversize` bytes of it."""
 
     first: int
     data: bytes = b""
+    offset: int = 0
     oversize: int = 0
 
 
@@ -207,14 +212,15 @@ def read_chunks(stream: BinaryIO, *, max_bytes: int) -> Iterator[Chunk]:
 
     A line longer than `max_bytes` is skipped over as it comes, so that it costs no memory either.
     """
-    number, kept = 1, b""
+    number, kept, offset = 1, b"", 0
     while True:
         block = stream.read(CHUNK_BYTES)
         data = kept + block
         end = data.rfind(b"\n") + 1 if block else len(data)
         if end:
-            yield Chunk(first=number, data=data[:end])
+            yield Chunk(first=number, data=data[:end], offset=offset)
             number += data.count(b"\n", 0, end)
+            offset += end
         kept = data[end:]
         if not block:
             return
@@ -227,6 +233,7 @@ def read_chunks(stream: BinaryIO, *, max_bytes: int) -> Iterator[Chunk]:
                     break
             yield Chunk(first=number, oversize=size)
             number += 1
+            offset += size + 1
             kept = block[cut:] if block else b""
 
 
@@ -243,20 +250,28 @@ class Batch:
         return sum(self.states.values())
 
 
-_verifier: LineVerifier | None = None  # one a worker process: templates and keys are made once
+# What a worker process has: its verifier, whose templates are made once, and the file that it shares with its parent.
+_verifier: LineVerifier | None = None
+_shared: int | None = None
 
 
-def _start(trusted: KeySet, name: str, max_bytes: int) -> None:
+def _start(trusted: KeySet, name: str, max_bytes: int, shared: int | None) -> None:
     import signal
 
-    global _verifier
+    global _verifier, _shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, in one line
-    _verifier = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes)
+    _verifier, _shared = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes), shared
 
 
 def _work(chunk: Chunk) -> Batch:
     assert _verifier is not None
     return verify_chunk(chunk, _verifier)
+
+
+def _read_and_work(first: int, offset: int, size: int) -> Batch:
+    """Read a chunk from the shared file: cheaper than to have it sent, and what is read is what is verified."""
+    assert _shared is not None
+    return _work(Chunk(first=first, data=os.pread(_shared, size, offset)))
 
 
 def verify_chunk(chunk: Chunk, verifier: LineVerifier) -> Batch:
@@ -269,10 +284,16 @@ def verify_chunk(chunk: Chunk, verifier: LineVerifier) -> Batch:
     return Batch(output=b"".join(answers), states={state: count for state, count in verifier.seen.items() if count})
 
 
+def _start_method() -> str:
+    """Forked workers start at once and share what is loaded; that is safe on Linux while there is one thread."""
+    return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
+
+
 def verify_stream(
     stream: BinaryIO, *, trusted: KeySet, name: str, workers: int, max_bytes: int = canonical.MAX_BYTES
 ) -> Iterator[Batch]:
     """Verify a stream of JSON lines; batches come in input order. Small inputs and one worker start no process."""
+    start = stream.tell() if _regular_file(stream) is not None else 0
     chunks = read_chunks(stream, max_bytes=max_bytes)
     first = list(islice(chunks, 2))
     if workers == 1 or len(first) < 2:
@@ -280,19 +301,33 @@ def verify_stream(
         for chunk in chain(first, chunks):
             yield verify_chunk(chunk, verifier)
         return
+    method = _start_method()
+    shared = _regular_file(stream) if method == "fork" else None
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(trusted, name, max_bytes)
+        workers, mp_context=get_context(method), initializer=_start, initargs=(trusted, name, max_bytes, shared)
     )
     pending: deque[Future[Batch]] = deque()
     try:
         for chunk in chain(first, chunks):
-            pending.append(pool.submit(_work, chunk))
+            if shared is None or chunk.oversize:
+                pending.append(pool.submit(_work, chunk))
+            else:
+                pending.append(pool.submit(_read_and_work, chunk.first, start + chunk.offset, len(chunk.data)))
             if len(pending) > 4 * workers:  # bounded: a fast reader must not fill memory with chunks
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _regular_file(stream: BinaryIO) -> int | None:
+    """The descriptor of a stream that is a file on disk, which forked workers can read from at any place; else None."""
+    try:
+        descriptor = stream.fileno()
+        return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    except OSError:  # io.UnsupportedOperation is one: a stream in memory
+        return None
 
 
 def worst(states: Counter[State], *, require_trusted: bool) -> list[int]:

@@ -218,6 +218,27 @@ def test_bench_measures() -> None:
     assert found["signed_per_s"] > 0 and float(found["unsigned_over_bare"]) > 1
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_read_and_workers_that_are_sent_to_agree(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file, from a place in a file, and from memory; with lines that are too long in between."""
+    if method == "fork" and sys.platform != "linux":
+        pytest.skip("forked workers are for Linux")
+    monkeypatch.setattr(bulk, "_start_method", lambda: method)
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", 4000)
+    lines = [sample_line(number, None) for number in range(30)]
+    data = b"".join(lines[:20]) + b"x" * 9000 + b"\n" + b"".join(lines[20:])
+    expected = through(data, max_bytes=5000)
+    file = tmp_path / "many.jsonl"
+    file.write_bytes(b"skipped\n" + data)
+    with file.open("rb") as stream:
+        stream.readline()
+        batches = bulk.verify_stream(stream, trusted=TRUSTED, name="f.jsonl", workers=2, max_bytes=5000)
+        assert b"".join(batch.output for batch in batches) == expected
+    assert through(data, workers=2, max_bytes=5000) == expected
+
+
 def test_the_pool_as_a_process(tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     file.write_bytes(b"".join(sample_line(number, None) for number in range(2000)))
