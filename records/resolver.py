@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from records import canonical
 from records.document import form_of, get, verify_document
@@ -261,7 +262,7 @@ class Resolver:
             url = f"{self.registry}/pith/{reference.value}.json"
         else:
             name = reference.value + (f"v{reference.version}" if reference.version else "")
-            url = f"{self.registry}/api/pith-number/resolve?{reference.kind}={name}&json=true"
+            url = f"{self.registry}/api/pith-number/resolve?{reference.kind}={quote(name, safe='/.:')}&json=true"
         answer = self.client.get(url)
         if answer.status != 200:
             return []

@@ -85,6 +85,19 @@ def test_aliases_are_resolved_by_the_registry_and_checked(tmp_path: Path, site: 
         ask(resolver(tmp_path, site.url), "arxiv:2601.00003")
 
 
+def test_a_publishers_doi_is_the_registrys_word(tmp_path: Path, site: Site) -> None:
+    record = made_up()
+    number = record["pith_number"]
+    path = "/api/pith-number/resolve?doi=10.1000/a%26b&json=true"
+    site.routes[path] = json.dumps({"pith_number": number}).encode()
+    site.routes[f"/pith/{suffix(record)}.json"] = json.dumps(record).encode()
+    assert failed(ask(resolver(tmp_path, site.url), "doi:10.1000/a&b")) == {"aliases"}
+    record["aliases"] = [{"alias_kind": "doi", "alias_value": "10.1000/A&B"}]
+    site.routes[f"/pith/{suffix(record)}.json"] = json.dumps(record).encode()
+    assert ask(resolver(tmp_path, site.url), "doi:10.1000/a&b").state == "valid"
+    assert path in site.asked()
+
+
 def test_ambiguous_names(tmp_path: Path, site: Site) -> None:
     """Two versions of one paper have two numbers; a short number may have two as well: neither is guessed."""
     one, two = made_up(), made_up("2601.00002")
