@@ -59,7 +59,14 @@ def _compiled(node: dict[str, Any], definitions: dict[str, Any]) -> Predicate:
     tests = [_test(keyword, node, definitions) for keyword in node if keyword not in _READ_WITH_OTHERS]
     if len(tests) == 1:
         return tests[0]
-    return lambda value: all(test(value) for test in tests)
+
+    def every(value: Any) -> bool:
+        for test in tests:  # noqa: SIM110 - a generator would take half of the time
+            if not test(value):
+                return False
+        return True
+
+    return every
 
 
 _READ_WITH_OTHERS: Final = frozenset({"additionalProperties", "else"})
@@ -94,15 +101,18 @@ def _test(keyword: str, node: dict[str, Any], definitions: dict[str, Any]) -> Pr
         choices = [_compiled(choice, definitions) for choice in expected]
         return lambda value: any(choice(value) for choice in choices)
     if keyword == "properties":
-        known = {name: _compiled(inner, definitions) for name, inner in expected.items() if inner}
-        closed = frozenset(expected) if node.get("additionalProperties") is False else None
-        return lambda value: (
-            not isinstance(value, dict)
-            or (
-                (closed is None or closed.issuperset(value))
-                and all(known[name](value[name]) for name in value if name in known)
-            )
-        )
+        known = {name: _compiled(inner, definitions) for name, inner in expected.items()}
+        closed = node.get("additionalProperties") is False
+
+        def properties(value: Any) -> bool:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    test = known.get(name)
+                    if closed if test is None else not test(inner):
+                        return False
+            return True
+
+        return properties
     raise NotImplementedError(f"schemas/pith.json uses the keyword {keyword!r}, which `predicate` does not know")
 
 
