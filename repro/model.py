@@ -198,20 +198,21 @@ class Transformer(nn.Module):
             self.embedding_VD if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         )
         turn_SC = rotations(config.context, config.d_model // config.num_heads, config.rope_theta)
-        self.turn_SC: Tensor
-        self.register_buffer("turn_SC", turn_SC, persistent=False)
+        # Held as pairs of reals: `model.to(dtype)` would throw the imaginary part away.
+        self.turn_SC2: Tensor
+        self.register_buffer("turn_SC2", torch.view_as_real(turn_SC), persistent=False)
         self.init_weights(0)
 
     def forward(self, tokens_BS: Tensor, rule: RoutingRule | None = None) -> ModelOutput:
-        """Next-token logits of int64 tokens; `rule`, if given, routes every MoE layer in place of the config's
-        top-k."""
+        """Next-token logits of int64 tokens; `rule`, if given, routes every MoE layer instead of the config's top-k."""
         config, length = self.config, tokens_BS.shape[1]
         if length > config.context:
             raise UsageError(f"model: expected at most {config.context} tokens a sequence (context), found {length}")
         routers = []
         x_BSD = nnf.embedding(tokens_BS, self.embedding_VD)
         # One angle a channel pair of every query and key head: long inner loops are several times faster on the CPU.
-        turn_SC = self.turn_SC[:length].repeat(1, 2 * config.num_heads)
+        wide = torch.promote_types(self.turn_SC2.dtype, torch.float32)
+        turn_SC = torch.view_as_complex(self.turn_SC2[:length].to(wide)).repeat(1, 2 * config.num_heads)
         for block in self.blocks:
             x_BSD, router = block(x_BSD, turn_SC, rule)
             if router is not None:
@@ -287,10 +288,9 @@ def rotations(length: int, width: int, theta: float) -> Tensor:
 
 def rotate(x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
     """Turn neighbouring channels (2c, 2c + 1) of each head by the position's angle; `turn_SC` covers all heads of x."""
-    wide = x_BSD.dtype == torch.float64
-    pairs_BSC = x_BSD.to(torch.float64 if wide else torch.float32).view(*x_BSD.shape[:-1], -1, 2)
-    turned_BSC = torch.view_as_complex(pairs_BSC) * turn_SC.to(torch.complex128 if wide else torch.complex64)
-    return torch.view_as_real(turned_BSC).flatten(-2).to(x_BSD.dtype)
+    reals = torch.float64 if turn_SC.dtype == torch.complex128 else torch.float32
+    pairs_BSC = torch.view_as_complex(x_BSD.to(reals).view(*x_BSD.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs_BSC * turn_SC).flatten(-2).to(x_BSD.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,15 @@ def test_gradcheck_of_the_whole_model_in_float64(config: ModelConfig) -> None:
     assert torch.autograd.gradcheck(logits, tuple(model.parameters()), fast_mode=True)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float64, 1e-6)])
+def test_other_precisions_give_nearly_the_same_logits(dtype: torch.dtype, error: float) -> None:
+    model, batch = Transformer(SMALL), tokens(SMALL)
+    expected = model(batch).logits_BSV
+    found = model.to(dtype)(batch).logits_BSV
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() < error * expected.norm()
+
+
 def test_backends_give_one_model() -> None:
     batch = tokens(SMALL)
     results = []
