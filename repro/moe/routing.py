@@ -139,8 +139,9 @@ class TopK:
 
 
 def stable_top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """Indices (T, k) of the k largest scores of each row, falling, ties to the lowest index (`torch.topk` leaves them
-    open)."""
+    """Indices (T, k) of the k largest scores of each row, falling, ties to the lowest index (`torch.topk` leaves
+    them open). At least k scores of a row must be above -inf.
+    """
     if k >= _SORT_FROM_K:
         return torch.sort(scores_TE, dim=1, descending=True, stable=True).indices[:, :k]
     best: list[Tensor] = []
@@ -150,9 +151,7 @@ def stable_top_k(scores_TE: Tensor, k: int) -> Tensor:
             left_TE = left_TE.scatter(1, best[-1], -torch.inf)
         # `max` is specified to return the index of the first of equal maxima.
         best.append(left_TE.max(1, keepdim=True).indices)
-    return (
-        torch.cat(best, dim=1) if best else torch.empty(len(scores_TE), 0, dtype=torch.int64, device=scores_TE.device)
-    )
+    return torch.cat(best, dim=1) if best else torch.empty_like(scores_TE[:, :0], dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +174,11 @@ def balance_loss(router: RouterOutput, group: dist.ProcessGroup | None = None) -
     all their tokens at once.
     """
     scores_TE = router.scores_TE
-    if scores_TE.shape[0] == 0:
-        return scores_TE.sum()
     load_E = router.routing.load_E.to(scores_TE.dtype)
     if group is not None:
         dist.all_reduce(load_E, group=group)
+    if scores_TE.shape[0] == 0:
+        return scores_TE.sum()
     share_E = load_E * (router.routing.num_experts / load_E.sum().clamp_min(1))
     # The division by the token's sum comes after the sum over experts: nothing of size (T, E) is made.
     return ((scores_TE @ share_E) / scores_TE.sum(1).clamp_min(torch.finfo(scores_TE.dtype).tiny)).mean()
