@@ -97,3 +97,12 @@ def reproduce_emoe(session: nox.Session) -> None:
 def reproduce_emo(session: nox.Session) -> None:
     """EMO (arXiv 2605.13247)."""
     _reproduce(session, "emo")
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """What needs a GPU: the core's tests there, and the benchmarks against its peers."""
+    _install(session)
+    _run(session, "pytest", "tests/moe/test_cuda.py", *session.posargs)
+    for what in ("moe", "train"):
+        _run(session, "repro", "bench", what, "--device", "cuda")

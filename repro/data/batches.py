@@ -52,7 +52,9 @@ class Batches:
         return _windows(self.data, order[start : start + self.batch], self.context)
 
 
-def prefetch(batches: Batches, steps: Iterable[int], device: torch.device) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def prefetch(
+    batches: Batches, steps: Iterable[int], device: torch.device
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """(step, tokens and next tokens on `device`) for each of `steps`.
 
     On a GPU a thread cuts the next batch into pinned memory while the device works on this one; on a CPU, where the
