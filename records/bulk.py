@@ -31,7 +31,9 @@ from records.keys import KeySet, fingerprint
 from records.receipt import verify_digest
 from records.report import EXIT_CODES, Check, State, Verification
 
-CHUNK_BYTES: Final = 256 * 1024
+CHUNK_BYTES: Final = 512 * 1024
+#: Room for the output of one chunk in the memory that forked workers share; only what is written is really taken.
+SLOT_BYTES: Final = 64 * 1024 * 1024
 
 _S: Final = (
     r"[ !#-\[\]-~]*+"  # printable ASCII without quotes and backslashes: it needs no unescaping, and is its own escape
@@ -208,7 +210,7 @@ class Chunk:
 
 
 def read_chunks(stream: BinaryIO, *, max_bytes: int) -> Iterator[Chunk]:
-    """Cut a stream into chunks of whole lines of about 256 KiB; memory stays within one chunk and one line.
+    """Cut a stream into chunks of whole lines of about 512 KiB; memory stays within one chunk and one line.
 
     A line longer than `max_bytes` is skipped over as it comes, so that it costs no memory either.
     """
@@ -243,6 +245,7 @@ class Batch:
 
     output: bytes
     states: dict[State, int] = field(default_factory=dict)
+    left: int = 0  # bytes of output that a worker left in the shared memory instead
 
     @property
     def count(self) -> int:
@@ -253,14 +256,15 @@ class Batch:
 # What a worker process has: its verifier, whose templates are made once, and the file that it shares with its parent.
 _verifier: LineVerifier | None = None
 _shared: int | None = None
+_memory: int | None = None
 
 
-def _start(trusted: KeySet, name: str, max_bytes: int, shared: int | None) -> None:
+def _start(trusted: KeySet, name: str, max_bytes: int, shared: int | None, memory: int | None) -> None:
     import signal
 
-    global _verifier, _shared
+    global _verifier, _shared, _memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, in one line
-    _verifier, _shared = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes), shared
+    _verifier, _shared, _memory = LineVerifier(trusted=trusted, name=name, max_bytes=max_bytes), shared, memory
 
 
 def _work(chunk: Chunk) -> Batch:
@@ -268,10 +272,16 @@ def _work(chunk: Chunk) -> Batch:
     return verify_chunk(chunk, _verifier)
 
 
-def _read_and_work(first: int, offset: int, size: int) -> Batch:
-    """Read a chunk from the shared file: cheaper than to have it sent, and what is read is what is verified."""
-    assert _shared is not None
-    return _work(Chunk(first=first, data=os.pread(_shared, size, offset)))
+def _read_and_work(first: int, offset: int, size: int, slot: int) -> Batch:
+    """Read a chunk from the shared file, and leave its output in a slot of the shared memory.
+
+    Both are cheaper than a pipe, through which a megabyte goes in pieces; what is read is what is verified.
+    """
+    assert _shared is not None and _memory is not None
+    batch = _work(Chunk(first=first, data=os.pread(_shared, size, offset)))
+    if len(batch.output) > SLOT_BYTES or os.pwrite(_memory, batch.output, slot * SLOT_BYTES) != len(batch.output):
+        return batch
+    return Batch(output=b"", states=batch.states, left=len(batch.output))
 
 
 def verify_chunk(chunk: Chunk, verifier: LineVerifier) -> Batch:
@@ -301,24 +311,37 @@ def verify_stream(
         for chunk in chain(first, chunks):
             yield verify_chunk(chunk, verifier)
         return
-    method = _start_method()
+    method, bound = _start_method(), 2 * workers  # bounded: a fast reader must not fill memory with chunks
     shared = _regular_file(stream) if method == "fork" else None
+    memory = os.memfd_create("repro-bulk") if shared is not None else None
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context(method), initializer=_start, initargs=(trusted, name, max_bytes, shared)
+        workers, mp_context=get_context(method), initializer=_start, initargs=(trusted, name, max_bytes, shared, memory)
     )
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[tuple[Future[Batch], int]] = deque()
+
+    def first_result() -> Batch:
+        future, slot = pending.popleft()
+        batch = future.result()
+        if memory is None or not batch.left:
+            return batch
+        return Batch(output=os.pread(memory, batch.left, slot * SLOT_BYTES), states=batch.states)
+
     try:
-        for chunk in chain(first, chunks):
+        for number, chunk in enumerate(chain(first, chunks)):
+            slot = number % (bound + 1)
             if shared is None or chunk.oversize:
-                pending.append(pool.submit(_work, chunk))
+                future = pool.submit(_work, chunk)
             else:
-                pending.append(pool.submit(_read_and_work, chunk.first, start + chunk.offset, len(chunk.data)))
-            if len(pending) > 4 * workers:  # bounded: a fast reader must not fill memory with chunks
-                yield pending.popleft().result()
+                future = pool.submit(_read_and_work, chunk.first, start + chunk.offset, len(chunk.data), slot)
+            pending.append((future, slot))
+            if len(pending) > bound:
+                yield first_result()
         while pending:
-            yield pending.popleft().result()
+            yield first_result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if memory is not None:
+            os.close(memory)
 
 
 def _regular_file(stream: BinaryIO) -> int | None:
