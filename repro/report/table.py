@@ -18,16 +18,27 @@ def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping
         for verdict in outcome["verdicts"]:
             if verdict["claim"] not in titles:
                 continue
-            first = next((t for t in verdict["tests"] if t["role"] == "pass" and "effect" in t), None)
             effect = ""
-            if first:
-                numbers = (first["effect"], *first["interval"])
-                effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(first["test"]))
+            if test := _deciding(verdict):
+                numbers = (test["effect"], *test["interval"])
+                effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(test["test"]))
             lines.append(
                 f"| {slug} | {verdict['claim']} {_escape(titles[verdict['claim']])} | **{verdict['verdict'].replace('_', ' ')}** "
                 f"| {plan['scale']}, {len(plan['seeds'])} seeds | {effect} | [{path.name}]({path}) |"
             )
     return "\n".join(lines)
+
+
+def _deciding(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The test that stands for a verdict: the first fail criterion that holds, the first pass criterion that does not,
+    or, where all hold, the first of them."""
+    tests = [test for test in verdict["tests"] if "effect" in test]
+    if verdict["verdict"] == "not_replicated":
+        wanted = [test for test in tests if test["role"] == "fail" and test["result"] == "holds"]
+    else:
+        passes = [test for test in tests if test["role"] == "pass"]
+        wanted = [test for test in passes if test["result"] == "fails"] or passes
+    return wanted[0] if wanted else None
 
 
 def _escape(text: str) -> str:

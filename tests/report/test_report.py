@@ -70,7 +70,11 @@ OUTCOME = {
         {
             "claim": "X1",
             "verdict": "not_replicated",
-            "tests": [{"role": "pass", "test": "a < b", "effect": "0.5", "interval": ["0.25", "0.75"]}],
+            "tests": [
+                {"role": "pass", "result": "holds", "test": "b > c", "effect": "0.1", "interval": ["0.1", "0.1"]},
+                {"role": "fail", "result": "fails", "test": "d > c", "effect": "0.2", "interval": ["0.1", "0.1"]},
+                {"role": "fail", "result": "holds", "test": "a < b", "effect": "0.5", "interval": ["0.25", "0.75"]},
+            ],
         },
         {"claim": "X2", "verdict": "not_tested", "tests": []},
     ]
@@ -83,6 +87,20 @@ def test_the_tables_row():
         "| equal-resource | X1 a is &lt;b> \\| c | **not replicated** | nano, 3 seeds | "
         "+0.5000 (+0.2500 to +0.7500): a &lt; b | [n.repro.zip](papers/x/replications/n.repro.zip) |"
     ]
+
+
+def test_the_test_that_decides_stands_for_the_verdict():
+    def row(verdict, *results):
+        tests = [
+            {"role": "pass", "result": result, "test": f"t{i}", "effect": "0.1", "interval": ["0.1", "0.1"]}
+            for i, result in enumerate(results)
+        ]
+        outcome = {"verdicts": [{"claim": "X1", "verdict": verdict, "tests": tests}]}
+        return markdown([(PurePosixPath("n.zip"), PLAN, outcome)])
+
+    assert ": t0 |" in row("replicated", "holds", "holds")
+    assert ": t1 |" in row("inconclusive", "holds", "fails")
+    assert "nano, 3 seeds |  |" in row("inconclusive")
 
 
 def test_the_table_goes_between_its_marks():
