@@ -263,7 +263,7 @@ _SECRETS: Final = re.compile(
     rb"repro\.private-key/|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bhf_[A-Za-z0-9]{30}|\bgh[pousr]_[A-Za-z0-9]{30}"
     rb"|\bAKIA[A-Z0-9]{16}\b|\bsk-[A-Za-z0-9_-]{40}"
 )
-_HOMES: Final = re.compile(rb"(?:/home/|/Users/|[A-Za-z]:\\+Users\\+)[A-Za-z0-9._-]+|/root/")
+_HOMES: Final = re.compile(rb"(?:/home/|/Users/|[A-Za-z]:\\+Users\\+)[A-Za-z0-9._-]+|/root(?=/)")
 
 
 def refuse_secrets(files: Mapping[str, bytes]) -> None:
