@@ -9,12 +9,13 @@ from scipy import stats as scipy_stats
 
 from repro.stats import gap_closure, paired
 
-values = st.lists(st.floats(-100, 100), min_size=3, max_size=8)
+number = st.integers(-10_000, 10_000).map(lambda n: n / 100)  # of one size: scipy overflows on a mean of 1e-308
+values = st.lists(number, min_size=3, max_size=8)
 
 
 @given(values, st.data())
 def test_agrees_with_scipy(left, data):
-    right = data.draw(st.lists(st.floats(-100, 100), min_size=len(left), max_size=len(left)))
+    right = data.draw(st.lists(number, min_size=len(left), max_size=len(left)))
     differences = [a - b for a, b in zip(left, right, strict=True)]
     found = paired(left, right)
     if found.sd < 1e-6 * max(1.0, max(map(abs, differences))):
