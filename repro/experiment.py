@@ -223,9 +223,8 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """All arms of a paper at one scale. `corpus` is a name for `repro.data.corpus.load`; `seeds` the default count."""
+    """All arms of a paper at one scale; `seeds` is the default count."""
 
-    corpus: str
     seeds: int
     arms: tuple[Arm, ...]
     groups: tuple[Group, ...] = ()

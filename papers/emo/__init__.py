@@ -154,7 +154,7 @@ def design(scale: str) -> Design:
             curves=(Curve(arm=f"{few} → {full} experts", arms=shown, metrics=("loss",) * 3),),
         ),
     )
-    return Design(corpus=setting.corpus, seeds=setting.seeds, arms=arms, figures=figures)
+    return Design(seeds=setting.seeds, arms=arms, figures=figures)
 
 
 def _law_steps(shares: Sequence[float], total: int, every: int) -> tuple[int, ...]:

@@ -191,7 +191,7 @@ def design(scale: str) -> Design:
         x=tuple(float(k) for k in setting.ks),
         curves=tuple(Curve(arm=group.id, metrics=metrics) for group in groups),
     )
-    return Design(corpus=setting.corpus, seeds=setting.seeds, arms=tuple(arms), groups=tuple(groups), figures=(figure,))
+    return Design(seeds=setting.seeds, arms=tuple(arms), groups=tuple(groups), figures=(figure,))
 
 
 def _arm(
