@@ -126,8 +126,12 @@ def design(scale: str) -> Design:
         _arm(setting, f"fixed{full}", (full,), (total,)),
         _arm(setting, "emo", setting.stages, paper),
         _arm(setting, "equal", setting.stages, law.steps((1 / 3,) * 3, total, multiple=every)),
-        _arm(setting, "h1", setting.stages, _law_steps(law.shares_by_stage(setting.stages, active), total, every)),
-        _arm(setting, "h2", setting.stages, _law_steps(law.shares_by_total(setting.stages, active), total, every)),
+        _arm(
+            setting, "h1", setting.stages, law.steps(law.shares_by_stage(setting.stages, active), total, multiple=every)
+        ),
+        _arm(
+            setting, "h2", setting.stages, law.steps(law.shares_by_total(setting.stages, active), total, multiple=every)
+        ),
         _arm(setting, "at25", jump, quarters[25]),
         _arm(setting, "at50", jump, quarters[50]),
         _arm(setting, "at75", jump, quarters[75]),
@@ -155,10 +159,6 @@ def design(scale: str) -> Design:
         ),
     )
     return Design(seeds=setting.seeds, arms=arms, figures=figures)
-
-
-def _law_steps(shares: Sequence[float], total: int, every: int) -> tuple[int, ...]:
-    return law.steps(shares, total, multiple=every)
 
 
 def _arm(
