@@ -19,7 +19,7 @@ from records.errors import NetworkError, UsageError
 if TYPE_CHECKING:
     import requests
 
-USER_AGENT: Final = "pith-repro (https://pypi.org/project/pith-repro)"
+USER_AGENT: Final = "pith-repro"
 MAX_REDIRECTS: Final = 5
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _RETRIED: Final = frozenset({429, 500, 502, 503, 504})
