@@ -97,7 +97,7 @@ class Replay:
         return expert_TK, weight_TK / weight_TK.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
 def test_other_precisions_give_nearly_the_same_logits(dtype: torch.dtype, error: float) -> None:
     model, batch = Transformer(SMALL), tokens(SMALL)
     output = model(batch)
