@@ -18,7 +18,12 @@ settings.load_profile("repro")
 
 @pytest.fixture(autouse=True)
 def numeric_mode_put_back() -> Iterator[None]:
-    """Training in this process sets what holds for the whole process, and hypothesis wants its denormals back."""
+    """Training in this process sets what holds for the whole process, and hypothesis wants its denormals back.
+
+    Random tensors are those of one seed, whatever ran before; REPRO_TEST_SEED asks for others.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(int(os.environ.get("REPRO_TEST_SEED", "0")))
     yield
     if "torch" in sys.modules:
         torch = sys.modules["torch"]

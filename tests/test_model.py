@@ -116,7 +116,7 @@ def test_backends_give_one_model() -> None:
         logits.square().mean().backward()
         results.append([logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_weights_come_from_named_streams() -> None:
