@@ -9,6 +9,8 @@ from records import canonical, keys
 from records.package import read_bundle
 from repro.report.table import BEGIN, END
 from repro.workflow.bundle import verify
+from repro.workflow.evidence import load
+from repro.workflow.plan import jobs, parse_plan
 from repro.workflow.publish import readme_table
 
 PUBLISHED = sorted(ROOT.glob("papers/*/replications/*.repro.zip"))
@@ -31,6 +33,20 @@ def test_a_published_replication_verifies_and_judges_to_the_same(path: Path):
     assert run["code"]["commit"]
     outcome = canonical.loads(files["outcome.json"])
     assert not any("missing" in verdict["reason"] for verdict in outcome["verdicts"])
+
+
+def test_measures_without_each_segment_before_them_are_a_fault_and_no_crash():
+    """EMO's arms have up to four segments: taking out any trace but keeping the measures must be said."""
+    files = read_bundle(ROOT / "papers/emo/replications/emo-nano.repro.zip")
+    plan = parse_plan(files["plan.json"], name="plan.json")
+    job = next(job for job in jobs(plan) if len(job.segments) > 2)
+    for segment in job.segments:
+        for trace in (None, b""):
+            fewer = {name: data for name, data in files.items() if name != f"{segment.folder}/trace.jsonl"}
+            if trace is not None:
+                fewer[f"{segment.folder}/trace.jsonl"] = trace
+            faults = load(plan, fewer).faults
+            assert any(fault.startswith(f"{job.file}: measures of an arm whose segments") for fault in faults)
 
 
 def test_the_readmes_table_is_the_bundles():

@@ -76,8 +76,8 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
             else:
                 missing.append(job.file)
             continue
-        if last is None:
-            faults.append(f"{job.file}: measures of an arm whose last segment is not complete")
+        if last is None or not all((found := checked[s.digest]) and found[0] == "complete" for s in job.segments):
+            faults.append(f"{job.file}: measures of an arm whose segments are not all complete")
             continue
         try:
             entries, _ = check_chain(files[job.file], genesis(last[1], job.digest), name=job.file)
