@@ -105,6 +105,7 @@ class Claim:
     """One claim of a paper. `passes`: all must hold for `replicated`; `fails`: any one gives `not_replicated`.
 
     `controls`: all must come out as expected, else the verdict is `inconclusive` whatever the tests say.
+    `only_named`: scales at which a run leaves the claim out unless `--claims` names it, or the `suite` it belongs to.
     """
 
     id: str
@@ -118,8 +119,12 @@ class Claim:
     fails: tuple[Test, ...]
     controls: tuple[Test, ...]
     note: str = ""
+    only_named: tuple[str, ...] = ()
+    suite: str | None = None
 
     def __post_init__(self) -> None:
+        if set(self.only_named) - set(SCALES):
+            raise ValueError(f"claim {self.id}: only_named holds some of {SCALES}, found {self.only_named}")
         unknown = set(self.scales) - set(SCALES)
         if unknown or "smoke" in self.scales:
             raise ValueError(f"claim {self.id}: scales are some of {SCALES[1:]}, found {self.scales}")
@@ -289,21 +294,33 @@ def load_claims(name: str) -> Claims:
     claims = decode(Claims, encode(data), where=f"papers/{slug}/claims.toml")
     if len({claim.id for claim in claims.claim}) < len(claims.claim):
         raise MalformedError(f"papers/{slug}/claims.toml: two claims with the same id")
+    names = {claim.id.lower() for claim in claims.claim} | {"all"}
+    if clash := sorted({claim.suite for claim in claims.claim if claim.suite and claim.suite.lower() in names}):
+        raise MalformedError(f"papers/{slug}/claims.toml: a suite and a claim (or `all`) are called {clash[0]!r}")
     return claims
 
 
-def select_claims(claims: Claims, ids: str | None) -> tuple[Claim, ...]:
-    """Claims named in the comma-separated `ids` (any case), or all.
+def select_claims(claims: Claims, names: str | None, scale: str) -> tuple[Claim, ...]:
+    """Claims whose id or suite is among the comma-separated `names` (any case; `all` for all of them).
+
+    Without names, those that a run at `scale` is not to leave out.
 
     Raises:
-        UsageError: an id that the paper does not have.
+        UsageError: a name that the paper does not have, or nothing left at this scale.
     """
-    if ids is None:
-        return claims.claim
-    by_id = {claim.id.lower(): claim for claim in claims.claim}
-    wanted = [part.strip().lower() for part in ids.split(",") if part.strip()]
-    unknown = [part for part in wanted if part not in by_id]
+    suites = {claim.suite.lower(): claim.suite for claim in claims.claim if claim.suite}
+    known = [claim.id for claim in claims.claim] + sorted(suites.values()) + ["all"]
+    if names is None:
+        selected = tuple(claim for claim in claims.claim if scale not in claim.only_named)
+        if not selected:
+            raise UsageError(
+                f"no claim is judged at {scale} unless named: expected --claims with some of {', '.join(known)}"
+            )
+        return selected
+    wanted = {part.strip().lower() for part in names.split(",") if part.strip()}
+    unknown = sorted(wanted - {name.lower() for name in known})
     if unknown or not wanted:
-        known = ", ".join(claim.id for claim in claims.claim)
-        raise UsageError(f"unknown claim {', '.join(unknown) or ids!r}: expected some of {known}")
-    return tuple(claim for claim in claims.claim if claim.id.lower() in wanted)
+        raise UsageError(f"unknown claim {', '.join(unknown) or names!r}: expected some of {', '.join(known)}")
+    if "all" in wanted:
+        return claims.claim
+    return tuple(claim for claim in claims.claim if {claim.id.lower(), (claim.suite or claim.id).lower()} & wanted)

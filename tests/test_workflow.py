@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from records.errors import InvalidError, MalformedError, UsageError
 from records.package import build_manifest, read_bundle
 from records.replication import PUBLIC_KEY, build_replication
 from records.statement import open_envelope
+from repro.experiment import load_claims, select_claims
 from repro.trace import genesis, link
 from repro.workflow.bundle import make_bundle, verify
 from repro.workflow.evidence import load, read_directory
@@ -289,6 +291,30 @@ def test_claims_choose_the_arms_that_they_need():
     assert [claim["id"] for claim in plan["claims"]] == ["A1"]
     assert plan["claims_left_out"] == ["A2", "A3", "A1-raw", "A2-raw", "A3-raw"]
     assert len({job.segments[0].digest for job in jobs(plan)}) == 4
+
+
+def test_a_claim_that_must_be_named_is_left_out_with_the_arms_that_only_it_needs(monkeypatch):
+    info = load_claims("emoe")
+    claims = tuple(
+        replace(claim, only_named=("smoke",), suite="raw") if claim.id.endswith("-raw") else claim
+        for claim in info.claim
+    )
+    monkeypatch.setattr("repro.workflow.plan.load_claims", lambda _: replace(info, claim=claims))
+
+    def arms(names: str | None, scale: str = "smoke") -> set[str]:
+        return {arm["id"] for arm in make_plan("emoe", scale=scale, claims=names)["arms"]}
+
+    plan = make_plan("emoe", scale="smoke")
+    assert [claim["id"] for claim in plan["claims"]] == ["A1", "A2", "A3"]
+    assert plan["claims_left_out"] == ["A1-raw", "A2-raw", "A3-raw"]
+    everything = arms("all")
+    raw = {name for name in everything if "-raw" in name}
+    assert raw
+    assert arms(None) == everything - raw
+    assert arms("RAW") == arms("A1-raw,A2-raw,A3-raw") <= everything
+    assert arms(None, "nano") == arms("all", "nano")
+    with pytest.raises(UsageError, match="no claim is judged at smoke unless named: expected --claims with some of A1"):
+        select_claims(replace(info, claim=claims[3:]), None, "smoke")
 
 
 @pytest.mark.parametrize(

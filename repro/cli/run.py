@@ -74,7 +74,9 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("paper", metavar="PAPER")
     command.add_argument("--scale", default="nano", help="smoke, nano, small, base or paper (default: nano)")
     command.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the paper's for the scale)")
-    command.add_argument("--claims", metavar="IDS", help="comma-separated claims (default: all)")
+    command.add_argument(
+        "--claims", metavar="IDS", help="comma-separated claims or suites, or all (default: the scale's own)"
+    )
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
         "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
@@ -127,6 +129,9 @@ def _claims(arguments: argparse.Namespace) -> int:
         for role, tests in (("replicated if all of", claim.passes), ("not replicated if any of", claim.fails)):
             print(f"    {role}: " + "; ".join(str(test) for test in tests))
         print("    control: " + "; ".join(str(test) for test in claim.controls))
+        if claim.only_named:
+            name = f"{claim.id} or {claim.suite}" if claim.suite else claim.id
+            print(f"    left out at {', '.join(claim.only_named)} unless named: --claims {name}")
         if claim.note:
             print(f"    {claim.note}")
     return 0
@@ -137,7 +142,7 @@ def _make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from repro.workflow.plan import make_plan
 
     # an unknown paper or claim is said before a missing extra
-    select_claims(load_claims(arguments.paper), arguments.claims)
+    select_claims(load_claims(arguments.paper), arguments.claims, arguments.scale)
     return make_plan(
         arguments.paper,
         scale=arguments.scale,

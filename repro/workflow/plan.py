@@ -68,7 +68,8 @@ def make_plan(
         paper: slug, with - or _.
         scale: smoke, nano, small, base or paper.
         seeds: number of seeds, 0 to seeds − 1; by default the paper's own for the scale.
-        claims: comma-separated ids; by default all. Only the arms that they need are run.
+        claims: comma-separated ids or suites, whose arms alone are run; by default all claims but those that are
+            left out at this scale unless named, with the arms that only they need.
         device: cpu or cuda.
 
     Raises:
@@ -80,10 +81,11 @@ def make_plan(
         raise UsageError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     if seeds is not None and seeds < 1:
         raise UsageError(f"seeds: expected at least 1, found {seeds}")
-    selected = select_claims(info, claims)
+    selected = select_claims(info, claims, scale)
     environment = numeric_environment(device)
     design = paper_module(slug).design(scale)
-    arms, groups, figures = _needed(design, selected, everything=claims is None)
+    left_out = tuple(claim for claim in info.claim if claim not in selected)
+    arms, groups, figures = _needed(design, selected, left_out, named=claims is not None)
     corpora = sorted({segment.corpus for arm in arms for segment in arm.segments})
     code = code_state()
     plan: dict[str, Any] = encode(
@@ -93,7 +95,7 @@ def make_plan(
             "scale": scale,
             "seeds": list(range(seeds or design.seeds)),
             "claims": selected,
-            "claims_left_out": [claim.id for claim in info.claim if claim not in selected],
+            "claims_left_out": [claim.id for claim in left_out],
             "arms": arms,
             "groups": groups,
             "figures": figures,
@@ -178,13 +180,18 @@ def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
 
 
 def _needed(
-    design: Design, claims: tuple[Claim, ...], *, everything: bool
+    design: Design, claims: tuple[Claim, ...], left_out: tuple[Claim, ...], *, named: bool
 ) -> tuple[tuple[Arm, ...], tuple[Group, ...], tuple[Figure, ...]]:
-    if everything:
-        return design.arms, design.groups, design.figures
+    """Arms, groups and figures of `claims`; unless they were `named`, also those that no claim speaks of."""
     wanted = {name for claim in claims for name in claim.arms}
+    elsewhere = {name for claim in left_out for name in claim.arms}
+    if not named:
+        wanted |= {group.id for group in design.groups} - elsewhere
     groups = tuple(group for group in design.groups if group.id in wanted)
     names = wanted | {arm for group in groups for arm in group.among}
+    if not named:
+        elsewhere |= {arm for group in design.groups if group.id in elsewhere for arm in group.among}
+        names |= {arm.id for arm in design.arms} - elsewhere
     arms = tuple(arm for arm in design.arms if arm.id in names)
     figures = tuple(f for f in design.figures if all(names.issuperset(c.arms or (c.arm,)) for c in f.curves))
     return arms, groups, figures
