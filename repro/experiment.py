@@ -9,6 +9,7 @@
 No torch here: judging and `repro claims` work without it.
 """
 
+import itertools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,29 +30,76 @@ SLUGS = ("emo", "emoe", "mssp", "expert_upcycling", "equal_resource")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """A number a seed: `metric` of `arm` (an arm or a group), or the least of `least_of`; multiplied by `times`."""
+    """A number a seed, multiplied by `times`, less `minus` if given. It is one of:
 
-    arm: str
+    `metric` of `arm` (an arm or a group), or the least of its `least_of`; a constant `value`; or a `fit` through `metric`
+    of several `arms`, each at its `x` above 0, rising: `slope` is the least-squares slope of log2 metric against log2 x,
+    `vertex` the log2 x at which a parabola in log2 x has its minimum, fitted to the lowest point and `reach` neighbours
+    on each side. A diverged arm of a `vertex` counts as infinitely high. No fit is made where a slope's metric is not
+    above 0, or the lowest point has no finite neighbour on a side.
+    """
+
+    arm: str = ""
     metric: str | None = None
     least_of: tuple[str, ...] = ()
     times: float = 1.0
+    value: float | None = None
+    fit: Literal["slope", "vertex"] | None = None
+    arms: tuple[str, ...] = ()
+    x: tuple[float, ...] = ()
+    reach: int = 1
+    minus: "Quantity | None" = None
 
     def __post_init__(self) -> None:
-        if (self.metric is None) == (not self.least_of):
+        if self.value is not None:
+            if self.arm or self.metric or self.least_of or self.fit or self.arms or self.x:
+                raise ValueError(f"quantity of value {self.value:g}: expected neither arms nor metrics beside it")
+        elif self.fit:
+            if self.arm or not self.metric or self.least_of:
+                raise ValueError(
+                    f"{self.fit} of arms {self.arms}: expected arms, x and metric, and neither arm nor least_of"
+                )
+            least = 2 if self.fit == "slope" else 3
+            if len(self.arms) < least or len(self.x) != len(self.arms) or self.reach < 1:
+                raise ValueError(
+                    f"{self.fit} of arms {self.arms}: expected at least {least}, an x for each, and reach ≥ 1"
+                )
+            if self.x[0] <= 0 or any(a >= b for a, b in itertools.pairwise(self.x)):
+                raise ValueError(f"{self.fit} of arms {self.arms}: expected x above 0 and rising, found {self.x}")
+        elif not self.arm or self.arms or self.x:
+            raise ValueError(f"quantity of arm {self.arm!r}: expected an arm, a value, or a fit of arms")
+        elif (self.metric is None) == (not self.least_of):
             raise ValueError(f"quantity of arm {self.arm!r}: expected either metric or least_of")
 
+    @property
+    def all_arms(self) -> set[str]:
+        """Arms and groups that the quantity is made of."""
+        return {name for name in (self.arm, *self.arms) if name} | (self.minus.all_arms if self.minus else set())
+
     def __str__(self) -> str:
-        if self.metric:
-            return f"{self.arm} {self.metric}" + (f" × {self.times:g}" if self.times != 1 else "")
-        return f"{self.arm} min({self.least_of[0]} … {self.least_of[-1]})"
+        if self.value is not None:
+            text = f"{self.value:g}"
+        elif self.fit:
+            text = f"{self.fit}({self.metric} over {self.arms[0]} … {self.arms[-1]})"
+        elif self.metric:
+            text = f"{self.arm} {self.metric}"
+        else:
+            text = f"{self.arm} min({self.least_of[0]} … {self.least_of[-1]})"
+        if self.times != 1 and not self.least_of:
+            text += f" × {self.times:g}"
+        return f"({text} − {self.minus})" if self.minus else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Test:
     """A statement about the paired differences left − right over the seeds, with mean m and sample sd σ.
 
-    `>` holds where m > margin + sigmas·σ and, if `alpha` is given, the paired t-test has p < alpha; `<` where
-    m < −(margin + sigmas·σ), likewise; `<=` where m ≤ margin + sigmas·σ; `>=` where m ≥ −(margin + sigmas·σ).
+    With b = margin + sigmas·σ + errors·σ/√n over n seeds: `>` holds where m > b and, if `alpha` is given, the paired
+    t-test has p < alpha; `<` where m < −b, likewise; `<=` where m ≤ b; `>=` where m ≥ −b; `within` where |m| ≤ b and
+    `outside` where |m| > b.
+    `covers` holds where the 95% bootstrap interval of m over seeds and [−margin, margin] have a point in common, `misses`
+    where they have none. `nearer` holds where left is nearer to 0 than right: the 95% bootstrap interval, over seeds, of
+    |mean left| − |mean right| lies below −margin.
     `identical` asks for equal final weights and equal values of every metric that both arms have, bit for bit.
     `closes` asks that left closes the gap from `base` to right: η = Σ(base − left) / Σ(base − right) ≥ `at_least`, or
     with `bound` = `lower` that the lower end of η's 95% bootstrap interval over seeds is; where the gap itself is not
@@ -65,9 +113,12 @@ class Test:
 
     left: Quantity
     right: Quantity
-    relation: Literal[">", "<", "<=", ">=", "identical", "closes", "short_of"]
+    relation: Literal[
+        ">", "<", "<=", ">=", "within", "outside", "covers", "misses", "nearer", "identical", "closes", "short_of"
+    ]
     margin: float = 0.0
     sigmas: float = 0.0
+    errors: float = 0.0
     alpha: float | None = None
     expect: Literal["holds", "fails"] = "holds"
     base: Quantity | None = None
@@ -81,6 +132,10 @@ class Test:
             )
         if self.alpha is not None and self.relation not in ("<", ">", "short_of"):
             raise ValueError(f"relation {self.relation!r} has no significance level: leave alpha out")
+        if (self.sigmas or self.errors) and self.relation in ("covers", "misses", "nearer"):
+            raise ValueError(f"relation {self.relation!r} has an interval of its own: leave sigmas and errors out")
+        if self.relation == "identical" and not (self.left.arm and self.right.arm):
+            raise ValueError("relation 'identical': expected an arm on each side")
 
     def __str__(self) -> str:
         if self.relation == "identical":
@@ -88,10 +143,17 @@ class Test:
         elif self.relation == "closes":
             eta = "η" if self.bound == "mean" else "lower 95% bound of η"
             text = f"{eta} of {self.left} from {self.base} to {self.right} ≥ {self.at_least:g}"
+        elif self.relation in ("covers", "misses"):
+            around = f" ± {self.margin:g}" if self.margin else ""
+            text = f"95% interval of {self.left} {self.relation} {self.right}{around}"
+        elif self.relation == "nearer":
+            extra = f" − {self.margin:g}" if self.margin else ""
+            text = f"|{self.left}| < |{self.right}|{extra} in the 95% interval"
         else:
-            sign = "−" if self.relation in ("<", ">=") else "+"
+            sign = {"<": "−", ">=": "−", "within": "±", "outside": "±"}.get(self.relation, "+")
             extra = f" {sign} {self.margin:g}" if self.margin else ""
             extra += f" {sign} {self.sigmas:g}σ" if self.sigmas else ""
+            extra += f" {sign} {self.errors:g}SE" if self.errors else ""
             text = f"{self.left} {self.relation} {self.right}{extra}"
             if self.relation == "short_of":
                 point = f"where {self.at_least:g} of the gap from {self.base} to {self.right} is closed"
@@ -137,7 +199,8 @@ class Claim:
     def arms(self) -> set[str]:
         """Arms and groups that the claim's tests speak of."""
         tests = (*self.passes, *self.fails, *self.controls)
-        return {quantity.arm for test in tests for quantity in (test.left, test.right, test.base) if quantity}
+        quantities = (quantity for test in tests for quantity in (test.left, test.right, test.base) if quantity)
+        return set().union(*(quantity.all_arms for quantity in quantities))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

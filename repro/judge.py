@@ -13,7 +13,7 @@ from typing import Any
 
 from repro.config import decimal_string, decode
 from repro.experiment import Claim, Group, Quantity, Test
-from repro.stats import GapClosure, Paired, gap_closure, paired
+from repro.stats import FitError, GapClosure, Interval, Paired, bootstrap, gap_closure, nearer, paired, slope, vertex
 
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, NOT_TESTED = "replicated", "not_replicated", "inconclusive", "not_tested"
 
@@ -116,17 +116,41 @@ class _Bench:
         return result
 
     def values(self, quantity: Quantity) -> list[float]:
-        names: Iterable[str] = quantity.least_of or (quantity.metric or "",)
-        values = []
-        for seed in self.seeds:
-            metrics = self.result(quantity.arm, seed).metrics
-            lacking = [name for name in names if name not in metrics]
-            if lacking:
-                raise _LacksEvidenceError(f"arm {quantity.arm} seed {seed} has no {lacking[0]}")
-            values.append(quantity.times * min(float(metrics[name]) for name in names))
-        return values
+        return [self.value(quantity, seed) for seed in self.seeds]
 
-    def test(self, test: Test) -> tuple[bool, Paired | GapClosure | None]:
+    def value(self, quantity: Quantity, seed: int) -> float:
+        if quantity.value is not None:
+            value = quantity.value
+        elif quantity.fit:
+            value = self._fit(quantity, seed)
+        else:
+            names: Iterable[str] = quantity.least_of or (quantity.metric or "",)
+            value = min(self._metric(quantity.arm, name, seed) for name in names)
+        value *= quantity.times
+        return value - self.value(quantity.minus, seed) if quantity.minus else value
+
+    def _metric(self, arm: str, name: str, seed: int) -> float:
+        metrics = self.result(arm, seed).metrics
+        if name not in metrics:
+            raise _LacksEvidenceError(f"arm {arm} seed {seed} has no {name}")
+        return float(metrics[name])
+
+    def _fit(self, quantity: Quantity, seed: int) -> float:
+        y = []
+        for arm in quantity.arms:
+            result = self.evidence.get((self.arm(arm), seed))
+            if quantity.fit == "vertex" and result is not None and result.status == "diverged":
+                y.append(math.inf)
+            else:
+                y.append(self._metric(arm, quantity.metric or "", seed))
+        try:
+            if quantity.fit == "vertex":
+                return vertex(quantity.x, y, reach=quantity.reach)
+            return slope(quantity.x, y)
+        except FitError as error:
+            raise _LacksEvidenceError(f"{quantity}, seed {seed}: {error}") from error
+
+    def test(self, test: Test) -> tuple[bool, Paired | GapClosure | Interval | None]:
         if test.relation == "identical":
             return self._identical(test.left.arm, test.right.arm), None
         if len(self.seeds) < 2:
@@ -139,14 +163,24 @@ class _Bench:
         right = self.values(test.right)
         if test.base:
             right = [b - test.at_least * (b - r) for b, r in zip(self.values(test.base), right, strict=True)]
-        difference = paired(self.values(test.left), right)
-        bound = test.margin + test.sigmas * difference.sd
+        left = self.values(test.left)
+        if test.relation == "nearer":
+            interval = nearer(left, right)
+            return interval.high < -test.margin, interval
+        if test.relation in ("covers", "misses"):
+            interval = bootstrap([a - b for a, b in zip(left, right, strict=True)])
+            covers = interval.low <= test.margin and interval.high >= -test.margin
+            return covers == (test.relation == "covers"), interval
+        difference = paired(left, right)
+        bound = test.margin + test.sigmas * difference.sd + test.errors * difference.sd / math.sqrt(difference.n)
         holds = {
             ">": difference.mean > bound,
             "short_of": difference.mean > bound,
             "<": difference.mean < -bound,
             "<=": difference.mean <= bound,
             ">=": difference.mean >= -bound,
+            "within": abs(difference.mean) <= bound,
+            "outside": abs(difference.mean) > bound,
         }[test.relation]
         return holds and (test.alpha is None or difference.p < test.alpha), difference
 
@@ -203,12 +237,16 @@ def _decide(
     return {"verdict": INCONCLUSIVE, "reason": "neither the pass nor the fail criterion holds"}
 
 
-def _numbers(difference: Paired | GapClosure | None) -> dict[str, Any]:
+def _numbers(difference: Paired | GapClosure | Interval | None) -> dict[str, Any]:
     if difference is None:
         return {}
-    if isinstance(difference, GapClosure):
-        interval = [_six(difference.low), _six(difference.high)]
-        return {"effect": _six(difference.eta), "interval": interval, "n": difference.n}
+    if isinstance(difference, GapClosure | Interval):
+        effect = difference.eta if isinstance(difference, GapClosure) else difference.mean
+        return {
+            "effect": _six(effect),
+            "interval": [_six(difference.low), _six(difference.high)],
+            "n": difference.n,
+        }
     return {
         "effect": _six(difference.mean),
         "interval": [_six(difference.low), _six(difference.high)],

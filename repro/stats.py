@@ -2,12 +2,14 @@
 
 - `paired`: the difference of two arms over the same seeds, with its t-test, interval and effect size
 - `gap_closure`: how much of a gap a method closes, with a bootstrap interval over seeds
+- `bootstrap`, `nearer`: the interval of a mean, and of how much nearer to 0 one mean is than another
+- `slope`, `vertex`: fits against log2 x
 """
 
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -108,6 +110,105 @@ def gap_closure(base: Sequence[float], method: Sequence[float], target: Sequence
     return GapClosure(
         n=n, eta=math.fsum(closed) / math.fsum(gap), low=_percentile(ratios, 0.025), high=_percentile(ratios, 0.975)
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over n seeds, or a function of means, and its 95% percentile bootstrap interval over seeds."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Interval of the mean; resampled as in `gap_closure`."""
+    return _bootstrap(len(values), lambda picked: math.fsum(values[i] for i in picked) / len(picked))
+
+
+def nearer(left: Sequence[float], right: Sequence[float]) -> Interval:
+    """Interval of |mean left| − |mean right|, both of a seed resampled together; below 0 where left is nearer to 0.
+
+    Raises:
+        ValueError: samples of different length.
+    """
+    if len(left) != len(right):
+        raise ValueError(f"expected two samples of the same length, found {len(left)} and {len(right)}")
+    return _bootstrap(
+        len(left),
+        lambda picked: (
+            (abs(math.fsum(left[i] for i in picked)) - abs(math.fsum(right[i] for i in picked))) / len(picked)
+        ),
+    )
+
+
+def _bootstrap(n: int, statistic: Callable[[Sequence[int]], float]) -> Interval:
+    found = sorted(statistic(picked) for picked in _resamples(n))
+    return Interval(n=n, mean=statistic(range(n)), low=_percentile(found, 0.025), high=_percentile(found, 0.975))
+
+
+class FitError(Exception):
+    """The points allow no fit; the message says why."""
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least-squares slope of log2 y against log2 x: the exponent of a power law.
+
+    Raises:
+        FitError: a y that is not above 0.
+    """
+    if min(y) <= 0:
+        raise FitError(f"expected values above 0, found {min(y):g}")
+    u, v = [math.log2(value) for value in x], [math.log2(value) for value in y]
+    u_mean, v_mean = math.fsum(u) / len(u), math.fsum(v) / len(v)
+    across = math.fsum((a - u_mean) * (b - v_mean) for a, b in zip(u, v, strict=True))
+    return across / math.fsum((a - u_mean) ** 2 for a in u)
+
+
+def vertex(x: Sequence[float], y: Sequence[float], *, reach: int = 1) -> float:
+    """log2 x of the minimum of the least-squares parabola through the lowest y and `reach` finite neighbours a side.
+
+    Args:
+        x: above 0 and rising.
+        y: infinite where there is no value to speak of (a diverged run).
+
+    Raises:
+        FitError: the lowest point has no finite neighbour on one side, or the parabola has no minimum among its points.
+    """
+    lowest = min(range(len(y)), key=lambda i: y[i])
+    first = last = lowest
+    while first > 0 and lowest - first < reach and math.isfinite(y[first - 1]):
+        first -= 1
+    while last < len(y) - 1 and last - lowest < reach and math.isfinite(y[last + 1]):
+        last += 1
+    if first == lowest or last == lowest:
+        side = "below" if first == lowest else "above"
+        raise FitError(f"the lowest value is at x = {x[lowest]:g}, with no finite one {side} it")
+    centre = math.log2(x[lowest])
+    u = [math.log2(value) - centre for value in x[first : last + 1]]
+    # Normal equations of c0 + c1·u + c2·u²; the vertex, −c1 / (2·c2), needs c1 and c2 only, so Cramer's rule on the
+    # centred columns u and u².
+    v, square = y[first : last + 1], [value**2 for value in u]
+    u, v, square = _centred(u), _centred(v), _centred(square)
+    uu, us, ss = _dot(u, u), _dot(u, square), _dot(square, square)
+    uv, sv = _dot(u, v), _dot(square, v)
+    linear, quadratic = uv * ss - sv * us, sv * uu - uv * us  # c1 and c2, times the same positive determinant
+    if quadratic <= 0:
+        raise FitError(f"the parabola around x = {x[lowest]:g} has no minimum")
+    found = centre - linear / (2 * quadratic)
+    if not math.log2(x[first]) <= found <= math.log2(x[last]):
+        raise FitError(f"the parabola around x = {x[lowest]:g} has its minimum beyond its points")
+    return found
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(left, right, strict=True))
 
 
 def _resamples(n: int) -> Iterator[tuple[int, ...]]:

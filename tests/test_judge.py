@@ -2,7 +2,7 @@
 
 import pytest
 
-from repro.config import encode
+from repro.config import decode, encode
 from repro.experiment import Claim, Group, Quantity, Test
 from repro.judge import ArmEvidence, exit_code, judge, same_outcome
 
@@ -190,6 +190,15 @@ def test_the_least_of_several_metrics_is_taken_a_seed():
         ("<=", 0.1, 0, False),
         ("<=", 0.0, 3, True),
         (">=", 0.0, 0, True),
+        ("within", 0.21, 0, True),
+        ("within", 0.19, 0, False),
+        ("within", 0.15, 1, True),
+        ("outside", 0.21, 0, False),
+        ("outside", 0.19, 0, True),
+        ("covers", 0.0, 0, False),
+        ("covers", 0.13, 0, True),
+        ("misses", 0.0, 0, True),
+        ("misses", 0.13, 0, False),
     ],
 )
 def test_relations(relation, margin, sigmas, holds):
@@ -265,3 +274,95 @@ def test_a_base_belongs_to_closes_alone():
     for relation, base in (("closes", None), ("short_of", None), ("<", quantity("c"))):
         with pytest.raises(ValueError, match="`closes` and `short_of` need a base"):
             Test(left=quantity("a"), right=quantity("b"), relation=relation, base=base)
+
+
+@pytest.mark.parametrize(("errors", "holds"), [(3, True), (4, False)])
+def test_standard_errors(errors, holds):
+    # differences 0.1, 0.2, 0.3: mean 0.2 is √12 standard errors above 0
+    test = Test(left=quantity("a"), right=quantity("b"), relation=">", errors=errors)
+    some = evidence(a=(1.1, 1.2, 1.3), b=(1.0, 1.0, 1.0), c=(1.0, 1.0, 1.0))
+    assert verdict(plan(claim(passes=(test,))), some)["tests"][0]["result"] == ("holds" if holds else "fails")
+    assert str(test) == f"a loss > b loss + {errors}SE"
+
+
+LADDER = ("a", "b", "c", "d")
+
+
+def fit(kind, arms=LADDER[:3], x=(1, 2, 4), **changes):
+    return Quantity(fit=kind, arms=arms, x=x, metric="loss", **changes)
+
+
+def one_test(test, some):
+    found = verdict(plan(claim(passes=(test,), fails=(test,), controls=(test,)), arms=LADDER), some)
+    return found["tests"][0]
+
+
+def test_a_slope_over_arms_is_fitted_seed_by_seed():
+    some = evidence(a=(1.0, 2.0, 1.0), b=(2.0, 4.0, 1.0), c=(4.0, 8.0, 1.0), d=(1.0, 1.0, 1.0))
+    flat = Test(left=fit("slope"), right=Quantity(value=0.0), relation="within", margin=0.1)
+    found = one_test(flat, some)
+    assert (found["effect"], found["result"]) == ("0.666667", "fails")  # slopes 1, 1 and 0
+    assert found["test"] == "slope(loss over a … c) within 0 ± 0.1"
+    less = Test(left=fit("slope", minus=Quantity(value=0.6)), right=Quantity(value=0.0), relation="within", margin=0.1)
+    assert one_test(less, some)["result"] == "holds"
+
+
+def test_the_interval_of_a_vertex_and_its_drift():
+    some = evidence(a=(2.0, 2.1, 2.0), b=(1.0, 1.0, 1.0), c=(2.0, 2.0, 2.1), d=(5.0, 4.0, 4.5))
+    at_two = Test(left=fit("vertex"), right=Quantity(value=1.0), relation="covers")
+    assert one_test(at_two, some)["result"] == "holds"
+    assert one_test(Test(left=fit("vertex"), right=Quantity(value=1.2), relation="covers"), some)["result"] == "fails"
+    other = fit("vertex", arms=("d", "b", "c"))
+    steady = fit("vertex", minus=fit("vertex"))
+    moved = Test(
+        left=steady,
+        right=Quantity(fit="vertex", arms=("d", "b", "c"), x=(1, 2, 4), metric="loss", minus=fit("vertex")),
+        relation="nearer",
+        margin=0.05,
+    )
+    assert one_test(moved, some)["result"] == "holds"
+    assert moved.left.all_arms | other.all_arms == set(LADDER)
+    assert claim(passes=(moved,)).arms == set(LADDER)
+
+
+def test_a_diverged_cell_is_infinitely_high_for_a_vertex_and_no_number_for_a_slope():
+    some = evidence(a=(2.0, 2.1, 2.0), b=(1.0, 1.0, 1.0), c=(2.0, 2.0, 2.1), d=(9.0, 9.0, 9.0))
+    some["d", 1] = ArmEvidence(status="diverged", weights="", metrics={})
+    found = one_test(Test(left=fit("vertex", LADDER, (1, 2, 4, 8)), right=Quantity(value=1.0), relation="covers"), some)
+    assert found["result"] == "holds"
+    some["c", 1] = ArmEvidence(status="diverged", weights="", metrics={})
+    found = one_test(Test(left=fit("vertex"), right=Quantity(value=1.0), relation="covers"), some)
+    assert found["result"] == "not_computed"
+    assert "seed 1: the lowest value is at x = 2, with no finite one above it" in found["reason"]
+    found = one_test(Test(left=fit("slope"), right=Quantity(value=1.0), relation="covers"), some)
+    assert found["reason"] == "arm c seed 1 diverged"
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"arm": "a"}, "either metric or least_of"),
+        ({}, "expected an arm, a value, or a fit"),
+        ({"value": 1.0, "arm": "a"}, "neither arms nor metrics"),
+        ({"fit": "slope", "arms": ("a", "b"), "x": (1.0, 2.0)}, "expected arms, x and metric"),
+        ({"fit": "slope", "arms": ("a", "b"), "x": (1.0,), "metric": "loss"}, "an x for each"),
+        ({"fit": "vertex", "arms": ("a", "b"), "x": (1.0, 2.0), "metric": "loss"}, "at least 3"),
+        ({"fit": "slope", "arms": ("a", "b"), "x": (0.0, 2.0), "metric": "loss"}, "above 0 and rising"),
+        ({"fit": "slope", "arms": ("a", "b"), "x": (2.0, 1.0), "metric": "loss"}, "above 0 and rising"),
+        ({"arm": "a", "metric": "loss", "arms": ("b",)}, "expected an arm, a value, or a fit"),
+    ],
+)
+def test_a_quantity_is_one_thing(fields, why):
+    with pytest.raises(ValueError, match=why):
+        Quantity(**fields)
+
+
+def test_fits_survive_the_plan():
+    test = Test(
+        left=fit("vertex", reach=2, minus=fit("slope")), right=Quantity(value=0.5), relation="covers", margin=0.25
+    )
+    assert decode(Test, encode(test)) == test
+    with pytest.raises(ValueError, match="leave sigmas and errors out"):
+        Test(left=fit("slope"), right=Quantity(value=0.0), relation="covers", errors=2)
+    with pytest.raises(ValueError, match="an arm on each side"):
+        Test(left=fit("slope"), right=quantity("a"), relation="identical")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from repro.stats import gap_closure, paired
+from repro.stats import FitError, bootstrap, gap_closure, nearer, paired, slope, vertex
 
 number = st.integers(-10_000, 10_000).map(lambda n: n / 100)  # of one size: scipy overflows on a mean of 1e-308
 values = st.lists(number, min_size=3, max_size=8)
@@ -69,3 +69,68 @@ def test_many_seeds_are_resampled_the_same_way_each_time():
 def test_gap_closure_refuses_samples_that_do_not_match(samples):
     with pytest.raises(ValueError, match="three samples"):
         gap_closure(*samples)
+
+
+def test_the_bootstrap_of_a_mean_by_hand():
+    # of the 27 resamples of three seeds the lowest is (1, 1, 1), then three of (1, 1, 2): the 2.5% point lies between
+    found = bootstrap([1.0, 2.0, 6.0])
+    assert (found.n, found.mean) == (3, 3.0)
+    assert found.low == pytest.approx(1 + 0.65 / 3)
+    assert found.high == pytest.approx(6 - 0.65 * (6 - 14 / 3))
+
+
+def test_nearer_to_zero_whatever_the_sign():
+    assert nearer([-0.1, -0.2, -0.1], [0.9, 1.0, 1.1]).high < -0.6
+    assert nearer([0.9, 1.0, 1.1], [-0.1, -0.2, -0.1]).low > 0.6
+    torn = nearer([-1.0, 1.0, 0.0], [0.5, 0.5, 0.5])  # the mean is 0, but not of every resample
+    assert torn.mean == -0.5
+    assert torn.low < 0 < torn.high
+
+
+@given(st.floats(-2, 2), st.floats(0.01, 100))
+def test_the_slope_of_a_power_law_is_its_exponent(exponent, factor):
+    x = [64, 128, 256, 512]
+    assert slope(x, [factor * value**exponent for value in x]) == pytest.approx(exponent, abs=1e-9)
+
+
+def test_no_slope_through_nothing():
+    with pytest.raises(FitError, match="above 0, found 0"):
+        slope([1, 2], [0.5, 0.0])
+
+
+@given(st.floats(-0.99, 0.99), st.sampled_from([1, 2, 3]))
+def test_the_vertex_of_a_parabola_is_found_exactly(place, reach):
+    x = [2.0**power for power in (-4, -3, -2, -1)]
+    y = [3 + 0.5 * (math.log2(value) + 2.5 - place / 2) ** 2 for value in x]
+    assert vertex(x, y, reach=reach) == pytest.approx(-2.5 + place / 2)
+
+
+@pytest.mark.parametrize(
+    ("y", "why"),
+    [
+        ([1, 2, 3, 4], "lowest value is at x = 1, with no finite one below"),
+        ([4, 3, 2, 1], "lowest value is at x = 8, with no finite one above"),
+        ([4, 1, math.inf, 5], "lowest value is at x = 2, with no finite one above"),
+        ([1, 1, 1, 1], "no finite one below"),
+        ([math.inf] * 4, "no finite one below"),
+    ],
+)
+def test_no_vertex_where_there_is_no_minimum_between_points(y, why):
+    with pytest.raises(FitError, match=why):
+        vertex([1, 2, 4, 8], y)
+
+
+def test_points_beyond_a_diverged_one_do_not_count():
+    assert vertex([1, 2, 4, 8, 16], [4, 3, 5, math.inf, 5], reach=3) == vertex([1, 2, 4], [4, 3, 5])
+
+
+def test_a_wide_parabola_averages_noise():
+    x = [2.0**power for power in range(-3, 4)]
+    y = [value**2 for value in (-3, -2, -1, 0, 1, 2, 3)]
+    noisy = [v + e for v, e in zip(y, (0, 0, 0.3, 0, -0.3, 0, 0), strict=True)]
+    assert abs(vertex(x, noisy, reach=3)) < abs(vertex(x, noisy, reach=1))
+
+
+def test_a_flat_or_lopsided_parabola_is_no_answer():
+    with pytest.raises(FitError, match="has no minimum"):
+        vertex([1, 2, 4, 8, 16], [0.0, 1.0, -0.01, 1.0, 0.0], reach=2)
