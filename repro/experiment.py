@@ -291,9 +291,13 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """All arms of a paper at one scale; `seeds` is the default count."""
+    """All arms of a paper at one scale; `seeds` is the default count, and the first of them is `first_seed`.
+
+    A first seed above 0 keeps a new plan's seeds apart from those of a run that is published already.
+    """
 
     seeds: int
+    first_seed: int = 0
     arms: tuple[Arm, ...]
     groups: tuple[Group, ...] = ()
     figures: tuple[Figure, ...] = ()

@@ -1,7 +1,7 @@
 """The one training loop: deterministic, traced, resumable.
 
 - `TrainConfig`, `Segment`: everything that a piece of training depends on, as data
-- `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss)
+- `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss, measures of the live model)
 - `training_step`: one update
 - `learning_rate`: warm-up, then constant, WSD or cosine
 - `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
@@ -16,8 +16,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class TrainConfig:
     2408.15664; the model needs a selection bias). `first_step` is the step of the corpus that the segment starts at, so
     that a later segment sees new text.
     With `bfloat16` the matrix products are in that precision and accumulate in float32; weights stay float32.
+    `probe_every` steps, at the segment's first step and at its last the trace gets a probe: the load that the step's own
+    routing gave each expert, and what the mechanism measures (0: none).
     """
 
     steps: int
@@ -71,6 +74,7 @@ class TrainConfig:
     trace_every: int = 10
     hash_every: int = 200
     checkpoint_every: int = 200
+    probe_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "trace_every", "hash_every", "checkpoint_every"):
@@ -82,6 +86,10 @@ class TrainConfig:
             )
         if self.hash_every % self.trace_every or self.checkpoint_every % self.trace_every:
             raise ValueError("hash_every and checkpoint_every must be multiples of trace_every")
+        if self.probe_every < 0 or self.probe_every % self.trace_every:
+            raise ValueError(
+                f"probe_every: expected 0 or a multiple of trace_every = {self.trace_every}, found {self.probe_every}"
+            )
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected 2 numbers, found {len(self.betas)}")
 
@@ -128,6 +136,14 @@ class Mechanism:
     def loss(self, output: ModelOutput) -> Tensor | None:
         """A scalar to be added to the loss, in nats/token; None for nothing."""
         return None
+
+    def probe(self, model: Transformer, output: ModelOutput) -> Mapping[str, float | Sequence[float]]:
+        """Small measures of the live model for the trace, by name; called every `probe_every` steps without autograd.
+
+        `output` is the step's own, `model` holds the weights that gave it and their gradients (clipped), before the update.
+        Must change nothing and draw no random numbers.
+        """
+        return {}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -231,10 +247,11 @@ def training_step(
     mechanism: Mechanism,
     step: int,
     seed: int,
+    look: Callable[[ModelOutput], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the loss (nats/token, without auxiliary terms) and the gradient's norm.
 
-    Both stay on the device: the step waits for nothing.
+    Both stay on the device: the step waits for nothing. `look` is shown the output before the weights change.
     """
     with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         output = model(tokens_BS, rule=mechanism.rule(step, seed))
@@ -249,6 +266,8 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
+    if look is not None:
+        look(output)
     optimizer.step()
     if config.bias_rate:
         _balance_biases(model, output, config.bias_rate)
@@ -334,11 +353,15 @@ def _steps(
         step = place - config.first_step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
+        probes: list[dict[str, Any]] = []
+        look = partial(_probe, model, mechanism, step, probes) if probe_due(config, step) else None
         try:
-            loss, norm = training_step(model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed)
+            loss, norm = training_step(model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed, look)
         except NonFiniteError:
             return step
         losses.append(loss)
+        for probe in probes:
+            trace.append(probe)
 
         done = step + 1
         if done % config.trace_every and done < config.steps:
@@ -368,6 +391,31 @@ def _steps(
         if progress:
             progress(done, done * tokens_a_step)
     return config.steps
+
+
+def probe_due(config: TrainConfig, step: int) -> bool:
+    """Whether `step` (from 0) is probed."""
+    return bool(config.probe_every) and (step % config.probe_every == 0 or step == config.steps - 1)
+
+
+@torch.no_grad()
+def _probe(
+    model: Transformer, mechanism: Mechanism, step: int, probes: list[dict[str, Any]], output: ModelOutput
+) -> None:
+    """Adds the trace's entry of what can be seen at `step` to `probes`."""
+    values = mechanism.probe(model, output)
+    numbers = {name: [value] if isinstance(value, int | float) else list(value) for name, value in values.items()}
+    for name, found in numbers.items():
+        if not all(math.isfinite(value) for value in found):
+            raise NonFiniteError(f"probe {name}", f"found {found}")
+    probes.append(
+        {
+            "type": "probe",
+            "step": step,
+            "load": [router.routing.load_E.tolist() for router in output.routers],
+            "values": {name: [decimal_string(float(value)) for value in found] for name, found in numbers.items()},
+        }
+    )
 
 
 def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

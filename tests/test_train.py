@@ -178,6 +178,59 @@ def test_weights_that_are_not_the_traces_are_refused(tmp_path):
         load_final(SEGMENT, tmp_path / "a", genesis=START)
 
 
+class _Look(Mechanism):
+    """Measures the weights and their gradients, and keeps count of the calls."""
+
+    def probe(self, model, output):
+        weight = model.blocks[0].ffn.router_ED
+        assert weight.grad is not None
+        assert not torch.is_grad_enabled()
+        return {"norm": float(weight.norm()), "rows": weight.norm(dim=1).tolist()}
+
+
+def test_probes_see_the_live_model_and_change_nothing(tmp_path):
+    segment = replace(SEGMENT, train=replace(SEGMENT.train, steps=37, probe_every=10))
+    train(tmp_path / "without", replace(segment, train=replace(segment.train, probe_every=0)))
+    model = train(tmp_path / "with", segment, mechanism=_Look())
+    probes = [entry for entry in trace(tmp_path / "with") if entry["type"] == "probe"]
+    assert [probe["step"] for probe in probes] == [0, 10, 20, 30, 36]
+    for probe in probes:
+        assert [sum(row) for row in probe["load"]] == [4 * 16 * 2]
+        assert len(probe["values"]["norm"]) == 1
+        assert len(probe["values"]["rows"]) == 4
+    first = Transformer(segment.model)
+    first.init_weights(0)
+    assert float(probes[0]["values"]["norm"][0]) == float(first.blocks[0].ffn.router_ED.detach().norm())
+    others = [entry for entry in trace(tmp_path / "with") if entry["type"] != "probe"]
+    assert others == trace(tmp_path / "without")
+    assert others[-1]["weights"] == weights_digest(model)
+
+
+@pytest.mark.parametrize("stop_at", [10, 20, 25])
+def test_a_stopped_run_goes_on_to_the_same_probes(tmp_path, stop_at):
+    segment = replace(SEGMENT, train=replace(SEGMENT.train, probe_every=10))
+    train(tmp_path / "whole", segment)
+
+    def stop(steps: int, tokens: int) -> None:
+        if steps == stop_at:
+            raise _InterruptError
+
+    with pytest.raises(_InterruptError):
+        train(tmp_path / "cut", segment, progress=stop)
+    train(tmp_path / "cut", segment)
+    assert (tmp_path / "cut/trace.jsonl").read_bytes() == (tmp_path / "whole/trace.jsonl").read_bytes()
+
+
+class _Unseen(Mechanism):
+    def probe(self, model, output):
+        return {"x": float("nan")}
+
+
+def test_a_probe_that_is_not_finite_ends_the_segment(tmp_path):
+    train(tmp_path, replace(SEGMENT, train=replace(SEGMENT.train, probe_every=10)), mechanism=_Unseen())
+    assert [entry["type"] for entry in trace(tmp_path)] == ["diverged"]
+
+
 class _Explode(Mechanism):
     def loss(self, output):
         return output.logits_BSV.sum() * float("inf")
@@ -233,6 +286,7 @@ def test_schedules():
         ({"steps": 0}, "steps: expected at least 1"),
         ({"warmup": 41}, "expected warmup within 40 steps"),
         ({"hash_every": 7}, "multiples of trace_every"),
+        ({"probe_every": 7}, "0 or a multiple of trace_every = 5, found 7"),
         ({"betas": (0.9,)}, "betas: expected 2 numbers"),
     ],
 )

@@ -99,7 +99,18 @@ def _difference(left: bytes, right: bytes) -> float:
         for name in ("loss", "value"):
             if name in one and name in other:
                 worst = max(worst, abs(float(one[name]) - float(other[name])))
+        if not _alike(one, other):
+            return float("inf")
     return worst
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two probes speak of the same layers, experts and measures; how far these lie apart is no loss in nats."""
+    shapes = [
+        (list(map(len, entry.get("load", []))), {name: len(row) for name, row in entry.get("values", {}).items()})
+        for entry in (one, other)
+    ]
+    return shapes[0] == shapes[1]
 
 
 def result(audited: Sequence[AuditedArm], *, differing: Sequence[str], seed: int, plan_sha256: str) -> dict[str, Any]:

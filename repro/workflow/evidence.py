@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from records.errors import InvalidError, MalformedError, ReproError
 from repro.config import decimal_string
@@ -21,16 +21,28 @@ from repro.judge import ArmEvidence
 from repro.trace import check_chain, genesis
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, plan_digest
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One look at the live model: tokens that each expert got, by MoE layer, and the mechanism's own measures by name."""
+
+    load: tuple[tuple[int, ...], ...]
+    values: Mapping[str, tuple[float, ...]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Evidence by (arm, seed); `faults` are chains that do not hold; `missing` files of arms that were not run.
 
     `losses`: by (arm, seed), for each of its segments, (tokens since the arm's start, mean loss of a step group).
+    `probes`: likewise, (tokens since the arm's start, what the trace says of the live model there).
     """
 
     evidence: Mapping[tuple[str, int], ArmEvidence]
     losses: Mapping[tuple[str, int], list[list[tuple[int, float]]]]
+    probes: Mapping[tuple[str, int], list[list[tuple[int, Probe]]]]
     faults: tuple[str, ...]
     missing: tuple[str, ...]
     lines: int
@@ -51,6 +63,8 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
     checked: dict[str, tuple[str, str, str] | None] = {}
     losses: dict[str, list[tuple[int, float]]] = {}
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
+    looks: dict[str, list[tuple[int, Probe]]] = {}
+    probes: dict[tuple[str, int], list[list[tuple[int, Probe]]]] = {}
     lines = 0
     for job in jobs(plan):
         for segment in job.segments:
@@ -67,6 +81,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
                 status = _check_segment(segment, entries, name)
                 checked[segment.digest] = (status, head, entries[-1].get("weights", "")) if status else None
                 losses[segment.digest] = [(e["step"], float(e["loss"])) for e in entries if e.get("type") == "step"]
+                looks[segment.digest] = [(e["step"], _probe(e)) for e in entries if e.get("type") == "probe"]
             except ReproError as error:
                 faults.append(str(error))
         last = checked[job.segments[-1].digest]
@@ -82,12 +97,15 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
         try:
             entries, _ = check_chain(files[job.file], genesis(last[1], job.digest), name=job.file)
             lines += len(entries)
-            curves[job.arm, job.seed] = _curve(job, losses)
+            curves[job.arm, job.seed] = _along(job, losses)
+            probes[job.arm, job.seed] = _along(job, looks)
             derived = _recovery(job, losses) | _seconds(job, files)
             evidence[job.arm, job.seed] = _arm_evidence(job, entries, derived, weights=last[2])
         except ReproError as error:
             faults.append(str(error))
-    return Loaded(evidence=evidence, losses=curves, faults=tuple(faults), missing=tuple(missing), lines=lines)
+    return Loaded(
+        evidence=evidence, losses=curves, probes=probes, faults=tuple(faults), missing=tuple(missing), lines=lines
+    )
 
 
 def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str) -> str:
@@ -96,6 +114,7 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
     steps, every, tokens = train["steps"], train["trace_every"], train["batch"] * train["context"]
     planned = -(-steps // every)
     traced = [entry for entry in entries if entry.get("type") == "step"]
+    probed = _check_probes(segment, entries, name)
     for number, entry in enumerate(traced, start=1):
         step = min(number * every, steps)
         if entry.get("step") != step or entry.get("tokens") != step * tokens:
@@ -106,13 +125,63 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
             raise InvalidError(f"{name} line {number}: expected a weight hash at step {step}")
     if not entries or entries[-1].get("type") not in ("end", "diverged"):
         return ""
-    if len(traced) != len(entries) - 1:
+    if len(traced) + probed != len(entries) - 1:
         raise InvalidError(f"{name}: entries of an unknown type")
     if entries[-1]["type"] == "diverged":
         return "diverged"
     if len(traced) != planned or entries[-1].get("steps") != steps:
         raise InvalidError(f"{name}: expected {planned} step entries up to step {steps}, found {len(traced)}")
+    if probed != _probes_planned(train):
+        raise InvalidError(f"{name}: expected {_probes_planned(train)} probes, found {probed}")
     return "complete"
+
+
+def _probes_planned(train: Mapping[str, Any]) -> int:
+    """Probes of a segment's trace: one every `probe_every` steps from 0 on, and one at the last step."""
+    every, last = train.get("probe_every", 0), train["steps"] - 1
+    return last // every + 1 + bool(last % every) if every else 0
+
+
+def _check_probes(segment: SegmentJob, entries: list[dict[str, Any]], name: str) -> int:
+    """Number of probes; raises where one is not the plan's, out of its place, or not of the segment's experts."""
+    model, train = segment.config["model"], segment.config["train"]
+    found, done = 0, 0
+    for number, entry in enumerate(entries, start=1):
+        if entry.get("type") == "step":
+            done += 1
+        if entry.get("type") != "probe":
+            continue
+        if found == _probes_planned(train):
+            raise InvalidError(f"{name} line {number}: a probe that the plan does not ask for")
+        step = min(found * train["probe_every"], train["steps"] - 1)
+        if entry.get("step") != step or done != step // train["trace_every"]:
+            raise InvalidError(f"{name} line {number}: expected a probe of step {step} after the steps before it")
+        experts, layers = model["num_experts"], model["num_layers"] - model["dense_layers"]
+        load, values = entry.get("load"), entry.get("values")
+        layers = layers if experts else 0
+        if not (isinstance(load, list) and len(load) == layers and all(_is_load(row, experts) for row in load)):
+            raise MalformedError(
+                f"{name} line {number}: expected the load of {experts} experts in each of {layers} layers"
+            )
+        if not (isinstance(values, dict) and all(_is_numbers(row) for row in values.values())):
+            raise MalformedError(f"{name} line {number}: expected the probe's values as lists of decimal strings")
+        found += 1
+    return found
+
+
+def _is_numbers(row: object) -> bool:
+    return isinstance(row, list) and all(_is_decimal(value) for value in row)
+
+
+def _is_load(row: object, num_experts: int) -> bool:
+    return isinstance(row, list) and len(row) == num_experts and all(type(n) is int and n >= 0 for n in row)
+
+
+def _probe(entry: Mapping[str, Any]) -> Probe:
+    return Probe(
+        load=tuple(tuple(row) for row in entry["load"]),
+        values={name: tuple(float(value) for value in row) for name, row in entry["values"].items()},
+    )
 
 
 def _arm_evidence(
@@ -139,11 +208,12 @@ def _is_decimal(value: object) -> bool:
     return isinstance(value, str) and _DECIMAL.fullmatch(value) is not None
 
 
-def _curve(job: ArmJob, losses: Mapping[str, list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
+def _along(job: ArmJob, found: Mapping[str, list[tuple[int, _T]]]) -> list[list[tuple[int, _T]]]:
+    """What was found by step of each segment, by tokens since the arm's start."""
     curve, before = [], 0
     for segment in job.segments:
         tokens = segment.tokens // segment.config["train"]["steps"]
-        curve.append([(before + step * tokens, loss) for step, loss in losses[segment.digest]])
+        curve.append([(before + step * tokens, value) for step, value in found[segment.digest]])
         before += segment.tokens
     return curve
 

@@ -34,6 +34,7 @@ from repro.experiment import (
 PLAN_SCHEMA = "repro.plan/v1"
 _ARM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TRAIN_COUNTS = ("steps", "batch", "context", "trace_every", "hash_every")
+_MODEL_COUNTS = ("num_experts", "num_layers", "dense_layers")
 
 # How far a traced loss (nats/token) may lie from this run's where the NumericEnvironment differs, so that weights
 # cannot be bitwise equal: four times the largest seed-to-seed sd seen at nano, where another seed differs in all.
@@ -67,7 +68,7 @@ def make_plan(
     Args:
         paper: slug, with - or _.
         scale: smoke, nano, small, base or paper.
-        seeds: number of seeds, 0 to seeds − 1; by default the paper's own for the scale.
+        seeds: number of seeds, counted from the design's first; by default the paper's own for the scale.
         claims: comma-separated ids or suites, whose arms alone are run; by default all claims but those that are
             left out at this scale unless named, with the arms that only they need.
         device: cpu or cuda.
@@ -93,7 +94,7 @@ def make_plan(
             "schema": PLAN_SCHEMA,
             "paper": info.paper,
             "scale": scale,
-            "seeds": list(range(seeds or design.seeds)),
+            "seeds": list(range(design.first_seed, design.first_seed + (seeds or design.seeds))),
             "claims": selected,
             "claims_left_out": [claim.id for claim in left_out],
             "arms": arms,
@@ -172,11 +173,24 @@ def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
                 raise MalformedError(
                     f"{name}: arm {arm.id}: expected {', '.join(_TRAIN_COUNTS)} under train, all positive"
                 )
+            if isinstance(train, dict) and train.get("probe_every", 0) != 0 and not _can_be_probed(segment):
+                raise MalformedError(
+                    f"{name}: arm {arm.id}: expected a positive train.probe_every, and {', '.join(_MODEL_COUNTS)} under model"
+                )
             if not isinstance(record.corpora.get(segment.get("corpus", "")), str):
                 raise MalformedError(f"{name}: arm {arm.id}: expected a corpus that the plan gives a digest of")
     if not isinstance(record.code.get("sha256"), str):
         raise MalformedError(f"{name}: expected the code's digest under code.sha256")
     return plan
+
+
+def _can_be_probed(segment: Mapping[str, Any]) -> bool:
+    model = segment.get("model")
+    counts = [
+        segment["train"]["probe_every"],
+        *((model.get(field) for field in _MODEL_COUNTS) if isinstance(model, dict) else [None]),
+    ]
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 def _needed(
