@@ -29,6 +29,10 @@ class MalformedError(ReproError):
     exit_code = 3
 
 
+class UnsupportedError(MalformedError):
+    """The bytes are of another version of one of our formats, one that this version cannot read (exit code 3)."""
+
+
 class IndeterminateError(ReproError):
     """Nothing was proven either way: ambiguous, not found, or a trust asked for and not shown (exit code 4)."""
 

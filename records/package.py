@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from records import canonical
-from records.errors import MalformedError, UsageError
+from records.errors import MalformedError, UnsupportedError, UsageError
 from records.report import Check
+from records.versions import check_version, is_other_version
 
 MANIFEST: Final = "manifest.json"
 STATEMENT: Final = "statement.dsse.json"
@@ -207,6 +208,8 @@ def check_manifest(files: Mapping[str, bytes]) -> list[Check]:
         return [Check(code="manifest", status="fail", detail=f"expected {MANIFEST} in the bundle, found none")]
     try:
         listed = _manifest_entries(canonical.loads(files[MANIFEST]))
+    except UnsupportedError as error:
+        return [Check(code="schema", status="fail", detail=str(error))]
     except MalformedError as error:
         return [Check(code="manifest", status="fail", detail=f"{MANIFEST}: {error}")]
     present = set(files) - {MANIFEST, STATEMENT}
@@ -223,6 +226,8 @@ def check_manifest(files: Mapping[str, bytes]) -> list[Check]:
 
 def _manifest_entries(manifest: Any) -> dict[str, dict[str, Any]]:
     expected = f'expected {{"schema":"{MANIFEST_SCHEMA}","files":{{path:{{"sha256","size"}}}}}}'
+    if isinstance(manifest, dict) and is_other_version(manifest.get("schema"), MANIFEST_SCHEMA):
+        check_version(manifest["schema"], MANIFEST_SCHEMA, what=f"{MANIFEST}: expected a manifest of the form")
     if not isinstance(manifest, dict) or set(manifest) != {"schema", "files"} or manifest["schema"] != MANIFEST_SCHEMA:
         raise MalformedError(expected)
     files = manifest["files"]

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 from records import canonical
 from records.document import get, shown, verify_document
-from records.errors import InvalidError, MalformedError, ReproError, UsageError
+from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
 from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets, utc_key
 from records.number import FULL_NUMBER, parse_reference
 from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name
 from records.report import Check, Verification
 from records.statement import Envelope, make_statement, open_envelope, sign_envelope, verify_envelope
+from records.versions import check_version
 
 PREDICATE_TYPE: Final = "urn:pith-repro:replication-record:v1"
 PREDICATE_SCHEMA: Final = "repro.replication/v1"
@@ -83,11 +84,17 @@ def _statement_faults(statement: dict[str, Any]) -> list[str]:
     if not isinstance(sha, str) or not _HEX.fullmatch(sha):
         faults.append("expected 64 lower-case hex digits as the subject's digest")
     if statement["predicateType"] != PREDICATE_TYPE:
-        faults.append(f"expected predicateType {PREDICATE_TYPE}, found {statement['predicateType'][:60]!a}")
-        return faults
+        try:
+            check_version(statement["predicateType"], PREDICATE_TYPE, what="statement: expected predicateType")
+        except MalformedError as error:
+            return [str(error)]
     predicate = statement["predicate"]
-    if predicate.get("schema") != PREDICATE_SCHEMA:
-        faults.append(f"expected schema {PREDICATE_SCHEMA}, found {str(predicate.get('schema'))[:60]!a}")
+    try:
+        check_version(predicate.get("schema"), PREDICATE_SCHEMA, what="predicate: expected schema")
+    except UnsupportedError as error:
+        return [str(error)]  # the fields of another version are no faults of this one
+    except MalformedError as error:
+        faults.append(str(error))
     faults += [f"expected a text under {field}" for field in _TEXTS if not isinstance(predicate.get(field), str)]
     for field in ("plan_sha256", "outcome_sha256", "manifest_sha256"):
         if isinstance(predicate.get(field), str) and not _HEX.fullmatch(predicate[field]):

@@ -15,6 +15,7 @@ from repro.config import decimal_string, decode
 from repro.experiment import Claim, Group, Quantity, Test
 from repro.stats import FitError, GapClosure, Interval, Paired, bootstrap, gap_closure, nearer, paired, slope, vertex
 
+OUTCOME_SCHEMA = "repro.outcome/v1"
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, NOT_TESTED = "replicated", "not_replicated", "inconclusive", "not_tested"
 
 
@@ -53,7 +54,7 @@ def judge(plan: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
         for claim_id in plan["claims_left_out"]
     ]
     return {
-        "schema": "repro.outcome/v1",
+        "schema": OUTCOME_SCHEMA,
         "groups": {key: arm for key, arm in chosen.items() if arm},
         "verdicts": verdicts,
     }

@@ -15,8 +15,10 @@ from typing import Any
 
 from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError
+from records.versions import check_version
 
-_DOMAIN = b"repro.trace/v1\0"
+TRACE_SCHEMA = "repro.trace/v1"
+_DOMAIN = TRACE_SCHEMA.encode() + b"\0"
 
 
 def genesis(plan_sha256: str, subject_sha256: str) -> str:
@@ -74,6 +76,7 @@ def check_chain(data: bytes, start: str, *, name: str = "trace") -> tuple[list[d
 
     Raises:
         MalformedError: a line is not one of our canonical objects.
+        UnsupportedError: a trace of another version.
         InvalidError: a link does not follow from the line before it.
     """
     entries: list[dict[str, Any]] = []
@@ -83,6 +86,9 @@ def check_chain(data: bytes, start: str, *, name: str = "trace") -> tuple[list[d
             item = canonical.loads(line)
         except ReproError as error:
             raise MalformedError(f"{name} line {number}: {error}") from error
+        if number == 1 and isinstance(item, dict) and "schema" in item:
+            # v1 has no such line; every later version begins with one, so that no reader takes it for a broken chain
+            check_version(item["schema"], TRACE_SCHEMA, what=f"{name}: expected a trace of the form")
         if not (isinstance(item, dict) and set(item) == {"chain", "entry"} and isinstance(item["entry"], dict)):
             raise MalformedError(f"{name} line {number}: expected an object of chain and entry")
         head = link(head, item["entry"])

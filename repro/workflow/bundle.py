@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from records import canonical
-from records.errors import InvalidError, ReproError, UsageError
+from records.errors import InvalidError, ReproError, UnsupportedError, UsageError
 from records.keys import KeySet, PrivateKey
 from records.replication import OUTCOME, PAPER, PITH_RECORD, PLAN, build_replication, read_statement, verify_replication
 from records.report import Check, Verification
-from repro.judge import judge, same_outcome
+from records.versions import check_version, is_other_version
+from repro.judge import OUTCOME_SCHEMA, judge, same_outcome
 from repro.workflow.crate import RO_CRATE, ro_crate
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import jobs, parse_plan, plan_digest
@@ -92,8 +93,12 @@ def verify(files: Mapping[str, bytes], *, target: str, trusted: KeySet) -> Verif
     try:
         plan = parse_plan(files.get(PLAN, b""), name=PLAN)
         outcome = canonical.loads(files.get(OUTCOME, b""))
+        if isinstance(outcome, dict) and is_other_version(outcome.get("schema"), OUTCOME_SCHEMA):
+            check_version(outcome["schema"], OUTCOME_SCHEMA, what=f"{OUTCOME}: expected an outcome of the form")
         predicate = read_statement(files).statement["predicate"]
         checks = [*_plan_checks(plan, predicate), *_evidence_checks(plan, outcome, predicate, files)]
+    except UnsupportedError as error:
+        checks = [Check(code="schema", status="fail", detail=str(error))]
     except ReproError as error:
         checks = [Check(code="plan", status="fail", detail=str(error))]
     return found.with_checks(*checks)

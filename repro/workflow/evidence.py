@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from records.errors import InvalidError, MalformedError, ReproError
+from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError
 from repro.config import decimal_string
 from repro.judge import ArmEvidence
 from repro.trace import check_chain, genesis
@@ -55,7 +55,11 @@ def read_directory(folder: Path) -> dict[str, bytes]:
 
 
 def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
-    """Evidence that `files` hold for `plan`."""
+    """Evidence that `files` hold for `plan`.
+
+    Raises:
+        UnsupportedError: a trace of another version, of which nothing can be said.
+    """
     digest = plan_digest(plan)
     evidence: dict[tuple[str, int], ArmEvidence] = {}
     faults: list[str] = []
@@ -82,6 +86,8 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
                 checked[segment.digest] = (status, head, entries[-1].get("weights", "")) if status else None
                 losses[segment.digest] = [(e["step"], float(e["loss"])) for e in entries if e.get("type") == "step"]
                 looks[segment.digest] = [(e["step"], _probe(e)) for e in entries if e.get("type") == "probe"]
+            except UnsupportedError:
+                raise
             except ReproError as error:
                 faults.append(str(error))
         last = checked[job.segments[-1].digest]
@@ -101,6 +107,8 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
             probes[job.arm, job.seed] = _along(job, looks)
             derived = _recovery(job, losses) | _seconds(job, files)
             evidence[job.arm, job.seed] = _arm_evidence(job, entries, derived, weights=last[2])
+        except UnsupportedError:
+            raise
         except ReproError as error:
             faults.append(str(error))
     return Loaded(

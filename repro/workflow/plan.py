@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from records import canonical
 from records.errors import MalformedError, UsageError
+from records.versions import check_version
 from repro.config import decode, encode
 from repro.data import corpus
 from repro.environment import NumericEnvironment, code_state, numeric_environment
@@ -151,9 +152,9 @@ def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
         MalformedError: not canonical JSON, another version, or a field that is missing or of another type.
     """
     plan = canonical.loads(data)
-    if not isinstance(plan, dict) or plan.get("schema") != PLAN_SCHEMA:
-        found = plan.get("schema") if isinstance(plan, dict) else type(plan).__name__
-        raise MalformedError(f"{name}: expected a plan of the form {PLAN_SCHEMA}, found {str(found)[:60]!a}")
+    if not isinstance(plan, dict):
+        raise MalformedError(f"{name}: expected a plan of the form {PLAN_SCHEMA}, found {type(plan).__name__}")
+    check_version(plan.get("schema"), PLAN_SCHEMA, what=f"{name}: expected a plan of the form")
     if canonical.dumps(plan) != data:
         raise MalformedError(f"{name}: expected canonical JSON; a plan is never written by hand")
     record = decode(_PlanRecord, plan, where=name)
