@@ -48,6 +48,28 @@ def test_stdlib_is_real_text_without_tests_and_without_overlap():
     assert b"class GrammarTests(unittest.TestCase)" not in text.train.tobytes() + text.held_out.tobytes()
 
 
+def test_the_prose_of_stdlib_is_split_as_its_sources_are():
+    source, prose = corpus.load("stdlib"), corpus.load("stdlib:prose")
+    assert len(prose.train) > 1_000_000
+    assert 0.02 < len(prose.held_out) / len(prose.train) < 0.12
+    assert prose.digest != source.digest
+    for part in ("train", "held_out"):
+        whole = getattr(source, part).tobytes()
+        documents = getattr(prose, part).tobytes().split(b"\0")
+        paragraphs = [text for document in documents[::7] for text in document.split(b"\n\n") if len(text) > 40]
+        assert len(paragraphs) > 20
+        assert all(text in whole for text in paragraphs[:200])
+    train, held_out = (set(part.tobytes().split(b"\0")) for part in (prose.train, prose.held_out))
+    assert not train & held_out
+    assert b"import sys\n" not in prose.train.tobytes()[:100_000]
+
+
+def test_prose_is_what_stands_between_triple_quotes():
+    source = b'''"""First."""\nx = "no"\ndef f():\n    r"""\n    Second.\n    """\n    y = """"""\n# end\n'''
+    assert corpus._prose(source) == b"First.\n\nSecond."
+    assert corpus._prose(b"x = 1\n") == b""
+
+
 def test_a_document_that_occurs_twice_is_taken_once(tmp_path):
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(f"text {number // 2}\n")
@@ -72,7 +94,7 @@ def test_a_changed_byte_changes_the_digest(tmp_path):
     ("name", "message"),
     [
         ("file:/nonexistent/x", "cannot read /nonexistent/x"),
-        ("wikipedia", "expected stdlib, file:PATH or synthetic"),
+        ("wikipedia", "expected stdlib, stdlib:prose, file:PATH or synthetic"),
         ("synthetic:x", "a whole number"),
         ("file:", "unknown corpus"),
     ],

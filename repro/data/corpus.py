@@ -1,6 +1,8 @@
 """Corpora: real text on every machine, named by what they are and identified by a digest.
 
 - `stdlib`: the Python sources of the running interpreter's standard library, without its tests
+- `stdlib:prose`: what stands between triple quotes there, English documentation for the most part; a file's is held out
+  where `stdlib` holds that file out, so that neither corpus trains on what the other holds out
 - `file:PATH`: a text file (its last twentieth is held out) or a folder of files (every twentieth file is)
 - `synthetic` or `synthetic:SEED`: a seeded Markov source over bytes, the same everywhere, with a known entropy
 
@@ -9,8 +11,9 @@ Tokens are bytes. A document that occurs twice is taken once, so no held-out doc
 
 import hashlib
 import math
+import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +57,8 @@ def load(name: str) -> Corpus:
     kind, _, rest = name.partition(":")
     if name == "stdlib":
         return _by_document(name, _stdlib())
+    if name == "stdlib:prose":
+        return _by_document(name, _stdlib(), take=_prose)
     if kind == "file" and rest:
         path = Path(rest)
         try:
@@ -67,10 +72,17 @@ def load(name: str) -> Corpus:
             raise UsageError(f"corpus {name}: expected synthetic:SEED with a whole number, found {rest!r}")
         # every state has eight equally likely followers, so the entropy rate is log 8 whatever the seed
         return _by_document(name, _synthetic(int(rest or 0)), entropy=math.log(_SYNTHETIC_BRANCHES))
-    raise UsageError(f"unknown corpus {name!r}: expected stdlib, file:PATH or synthetic[:SEED]")
+    raise UsageError(f"unknown corpus {name!r}: expected stdlib, stdlib:prose, file:PATH or synthetic[:SEED]")
 
 
-def _by_document(name: str, documents: Iterable[bytes], *, entropy: float | None = None) -> Corpus:
+def _by_document(
+    name: str,
+    documents: Iterable[bytes],
+    *,
+    entropy: float | None = None,
+    take: Callable[[bytes], bytes] | None = None,
+) -> Corpus:
+    """Every twentieth document held out; with `take`, then that part of each document, where it is not empty."""
     unique = {hashlib.sha256(text).hexdigest(): text for text in documents if text}
     if len(unique) < HELD_OUT_EVERY:
         raise UsageError(
@@ -80,10 +92,27 @@ def _by_document(name: str, documents: Iterable[bytes], *, entropy: float | None
     parts: tuple[list[str], list[str]] = ([], [])
     for index, digest in enumerate(unique):
         parts[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(digest)
+    if take:
+        unique, parts = _taken(unique, parts, take)
     train, held_out = (np.frombuffer(_BOUNDARY.join(unique[d] for d in part), dtype=np.uint8) for part in parts)
     return Corpus(
         name=name, digest=_digest(*parts), train=train, held_out=held_out, documents=len(unique), entropy=entropy
     )
+
+
+def _taken(
+    documents: dict[str, bytes], parts: tuple[list[str], list[str]], take: Callable[[bytes], bytes]
+) -> tuple[dict[str, bytes], tuple[list[str], list[str]]]:
+    """A part of each document: text by digest, and the digests of the two parts; what was trained on is not held out."""
+    taken: dict[str, bytes] = {}
+    found: tuple[list[str], list[str]] = ([], [])
+    for number, part in enumerate(parts):
+        for text in (take(documents[digest]) for digest in part):
+            digest = hashlib.sha256(text).hexdigest()
+            if text and digest not in taken:
+                taken[digest] = text
+                found[number].append(digest)
+    return taken, found
 
 
 def _single_file(name: str, text: bytes) -> Corpus:
@@ -109,6 +138,15 @@ def _stdlib() -> Iterable[bytes]:
         # _sysconfigdata holds the paths and flags of one machine's build, not text of the library
         if left_out.isdisjoint(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata"):
             yield path.read_bytes()
+
+
+_TRIPLE_QUOTED = re.compile(rb'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
+
+
+def _prose(source: bytes) -> bytes:
+    """What stands between triple quotes, in order; found by the quotes alone, so that no parser's version matters."""
+    texts = ((match[1] or match[2] or b"").strip() for match in _TRIPLE_QUOTED.finditer(source))
+    return b"\n\n".join(text for text in texts if text)
 
 
 def _random_bytes(count: int, *labels: object) -> bytes:
