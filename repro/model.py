@@ -1,7 +1,9 @@
 """The decoder-only transformer that all papers train.
 
 - pre-norm blocks: RMSNorm, causal attention with rotary positions, RMSNorm, a SwiGLU feed-forward: MoE or dense
-- the first `dense_layers` blocks are dense; with `num_experts=0` all are
+- the first `dense_layers` blocks are dense, and those in `dense_blocks`; with `num_experts=0` all are
+- grouped queries, heads of another width, norms of queries and keys: what public checkpoints have
+- `KeyValueCache`: generation token by token; training knows nothing of it
 - untied or tied embeddings, no biases, no dropout
 - `init_weights` draws each parameter, and each expert, from a stream of its own
 - `accounting` counts parameters and FLOPs from the config alone
@@ -9,7 +11,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,8 @@ from repro.moe import MoE, RouterOutput, RoutingRule, SwiGLU
 from repro.moe.experts import check_backend
 from repro.moe.layer import Score, check_score, check_sizes
 
-NORM_EPS = 1e-5
 EMBEDDING_STD = 0.02
+QkNorm = Literal["none", "head", "width"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,10 @@ class ModelConfig:
     """The shape of a model. Raises `UsageError` (`RoutingError` for the MoE's sizes) if no such model can be.
 
     d_expert is the width of one expert, or of the whole feed-forward where `num_experts` is 0; d_shared that of the
-    shared expert (0: none); d_dense that of the first `dense_layers` blocks. `context` is the longest sequence.
+    shared expert (0: none); d_dense that of the first `dense_layers` blocks and of those that `dense_blocks` lists.
+    `context` is the longest sequence. d_head is the width of an attention head (0: d_model / num_heads); `num_kv_heads`
+    heads of keys and values serve the queries' heads in groups (0: one each). `qk_norm` normalizes queries and keys before
+    they are turned: each head by itself (Qwen3) or all heads as one vector (OLMoE).
     """
 
     vocab_size: int = 256
@@ -49,22 +54,42 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     tie_embeddings: bool = False
     backend: str = "auto"
+    d_head: int = 0
+    num_kv_heads: int = 0
+    qk_norm: QkNorm = "none"
+    norm_eps: float = 1e-5
+    dense_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "context", "d_expert"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model config: expected {name} of at least 1, found {getattr(self, name)}")
-        if self.d_model % (2 * self.num_heads):
+        if self.d_head < 0 or self.d_head % 2:
+            raise UsageError(
+                f"model config: expected d_head to be even (rotary positions turn pairs), found {self.d_head}"
+            )
+        if not self.d_head and self.d_model % (2 * self.num_heads):
             raise UsageError(
                 f"model config: expected d_model to be a multiple of 2·num_heads = {2 * self.num_heads} "
                 f"(rotary positions turn pairs), found {self.d_model}"
             )
+        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
+            raise UsageError(
+                f"model config: expected num_kv_heads to divide num_heads = {self.num_heads}, found {self.num_kv_heads}"
+            )
+        if self.qk_norm not in get_args(QkNorm):
+            raise UsageError(f"model config: expected qk_norm to be none, head or width, found {self.qk_norm!r}")
         if not 0 <= self.dense_layers <= self.num_layers:
             raise UsageError(f"model config: expected dense_layers in 0..{self.num_layers}, found {self.dense_layers}")
-        if self.dense_layers and self.d_dense < 1:
+        if any(not 0 <= block < self.num_layers for block in self.dense_blocks):
+            raise UsageError(
+                f"model config: expected dense_blocks in 0..{self.num_layers - 1}, found {list(self.dense_blocks)}"
+            )
+        if (self.dense_layers or self.dense_blocks) and self.d_dense < 1:
             raise UsageError(f"model config: expected d_dense of at least 1 with dense_layers, found {self.d_dense}")
-        if self.rope_theta <= 0:
-            raise UsageError(f"model config: expected rope_theta above 0, found {self.rope_theta}")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"model config: expected {name} above 0, found {getattr(self, name)}")
         check_score(self.score)
         check_backend(self.backend)
         if self.num_experts:
@@ -84,7 +109,21 @@ class ModelConfig:
     @property
     def moe_layers(self) -> int:
         """Number of blocks whose feed-forward is an MoE."""
-        return self.num_layers - self.dense_layers if self.num_experts else 0
+        return sum(not self.is_dense(layer) for layer in range(self.num_layers))
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether the feed-forward of block `layer` is dense."""
+        return not self.num_experts or layer < self.dense_layers or layer in self.dense_blocks
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.d_head or self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.num_kv_heads or self.num_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +134,58 @@ class ModelOutput:
     routers: tuple[RouterOutput, ...]
 
 
+class KeyValueCache:
+    """Keys and values of the tokens that a batch of sequences has seen, for `Transformer.forward` one after the other.
+
+    Rows may be of different lengths: fill with right-padded prompts, then set `length_B` to their real lengths. What
+    follows overwrites the padding, and no query looks beyond its own position.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if capacity > config.context:
+            raise UsageError(f"cache: expected a capacity of at most {config.context} (context), found {capacity}")
+        shape = (config.num_layers, batch, config.kv_heads, capacity, config.head_width)
+        self.k_LBHSC = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_LBHSC = torch.zeros(shape, device=device, dtype=dtype)
+        self.length_B = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def keep(self, row_R: Tensor) -> None:
+        """Go on with these rows only."""
+        self.k_LBHSC, self.v_LBHSC = self.k_LBHSC[:, row_R], self.v_LBHSC[:, row_R]
+        self.length_B = self.length_B[row_R]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where new tokens go in one layer's part of a cache, and what each of them sees."""
+
+    k_BHSC: Tensor
+    v_BHSC: Tensor
+    position_BS: Tensor
+    seen_B1SS: Tensor
+
+    def extend(self, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, with the new ones written in their place."""
+        index = self.position_BS[:, None, :, None].expand_as(k_BHSC)
+        return self.k_BHSC.scatter_(2, index, k_BHSC), self.v_BHSC.scatter_(2, index, v_BHSC)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · gain over the last axis."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__()
+        self.eps = eps
         self.gain_D = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
         if x.device.type == "cpu":
-            y = _CpuRMSNorm.apply(x, self.gain_D)  # type: ignore[no-untyped-call]
+            y = _CpuRMSNorm.apply(x, self.gain_D, self.eps)  # type: ignore[no-untyped-call]
         else:
-            y = nnf.rms_norm(x, [self.gain_D.numel()], self.gain_D, NORM_EPS)
+            y = nnf.rms_norm(x, [self.gain_D.numel()], self.gain_D, self.eps)
         return y
 
 
@@ -115,9 +193,9 @@ class _CpuRMSNorm(torch.autograd.Function):
     """torch has no fused kernel for this on the CPU; its composite backward takes twice as long as this one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain_D: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, gain_D)
         return (x * scale).mul_(gain_D)
 
@@ -129,25 +207,53 @@ class _CpuRMSNorm(torch.autograd.Function):
         product = (dy * x).view(-1, x.shape[-1])
         dgain_D = product.t() @ scale.view(-1) if ctx.needs_input_grad[1] else None
         along = (product @ gain_D).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
-        return (dy * gain_D).mul_(scale).addcmul_(x, along, value=-1), dgain_D
+        return (dy * gain_D).mul_(scale).addcmul_(x, along, value=-1), dgain_D, None
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotary positions; (B, S, D) to the same shape."""
+    """Causal self-attention with rotary positions, queries' heads in groups; (B, S, D) to the same shape.
 
-    def __init__(self, d_model: int, num_heads: int) -> None:
+    `w_qkv_DD` is queries, keys and values side by side.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.w_qkv_DD = nn.Parameter(torch.empty(d_model, 3 * d_model))
-        self.w_out_DD = nn.Parameter(torch.empty(d_model, d_model))
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.widths = config.num_heads * config.head_width, config.kv_heads * config.head_width
+        q_width, kv_width = self.widths
+        self.w_qkv_DD = nn.Parameter(torch.empty(config.d_model, q_width + 2 * kv_width))
+        self.w_out_DD = nn.Parameter(torch.empty(q_width, config.d_model))
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        self.norm_heads = config.qk_norm == "head"
+        if config.qk_norm != "none":
+            sizes = (config.head_width, config.head_width) if self.norm_heads else self.widths
+            self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) for size in sizes)
 
-    def forward(self, x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
-        B, S, D = x_BSD.shape
-        qk_BSD, v_BSD = torch.split(x_BSD @ self.w_qkv_DD, [2 * D, D], dim=-1)
-        q_BSD, k_BSD = rotate(qk_BSD, turn_SC).chunk(2, dim=-1)
-        q_BHSC, k_BHSC, v_BHSC = (z.view(B, S, self.num_heads, -1).transpose(1, 2) for z in (q_BSD, k_BSD, v_BSD))
-        y_BHSC = nnf.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True)
-        return y_BHSC.transpose(1, 2).reshape(B, S, D) @ self.w_out_DD
+    def forward(self, x_BSD: Tensor, turn_SC: Tensor, place: _Place | None = None) -> Tensor:
+        B, S, _ = x_BSD.shape
+        q_width, kv_width = self.widths
+        qk_BSD, v_BSD = torch.split(x_BSD @ self.w_qkv_DD, [q_width + kv_width, kv_width], dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSD, k_BSD = torch.split(qk_BSD, [q_width, kv_width], dim=-1)
+            qk_BSD = torch.cat([self._normed(q_BSD, self.q_norm), self._normed(k_BSD, self.k_norm)], dim=-1)
+        q_BSD, k_BSD = torch.split(rotate(qk_BSD, turn_SC), [q_width, kv_width], dim=-1)
+        q_BHSC = q_BSD.view(B, S, self.num_heads, -1).transpose(1, 2)
+        k_BHSC, v_BHSC = (z.view(B, S, self.kv_heads, -1).transpose(1, 2) for z in (k_BSD, v_BSD))
+        grouped = self.kv_heads != self.num_heads
+        if place is None:
+            y_BHSC = nnf.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True, enable_gqa=grouped)
+        else:
+            k_BHSC, v_BHSC = place.extend(k_BHSC, v_BHSC)
+            y_BHSC = nnf.scaled_dot_product_attention(
+                q_BHSC, k_BHSC, v_BHSC, attn_mask=place.seen_B1SS, enable_gqa=grouped
+            )
+        return y_BHSC.transpose(1, 2).reshape(B, S, -1) @ self.w_out_DD
+
+    def _normed(self, z_BSD: Tensor, norm: RMSNorm) -> Tensor:
+        heads = (-1, norm.gain_D.numel()) if self.norm_heads else z_BSD.shape[-1:]
+        y: Tensor = norm(z_BSD.reshape(*z_BSD.shape[:-1], *heads))
+        return y.view_as(z_BSD)
 
 
 class Block(nn.Module):
@@ -155,14 +261,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model)
-        self.attention = Attention(config.d_model, config.num_heads)
-        self.ffn_norm = RMSNorm(config.d_model)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn: MoE | SwiGLU
-        if layer < config.dense_layers:
-            self.ffn = SwiGLU(config.d_model, config.d_dense)
-        elif config.num_experts == 0:
-            self.ffn = SwiGLU(config.d_model, config.d_expert)
+        if config.is_dense(layer):
+            self.ffn = SwiGLU(config.d_model, _dense_width(config, layer))
         else:
             self.ffn = MoE(
                 d_model=config.d_model,
@@ -177,8 +281,10 @@ class Block(nn.Module):
             )
             self.ffn.name = f"blocks.{layer}.ffn"
 
-    def forward(self, x_BSD: Tensor, turn_SC: Tensor, rule: RoutingRule | None) -> tuple[Tensor, RouterOutput | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn_SC)
+    def forward(
+        self, x_BSD: Tensor, turn_SC: Tensor, rule: RoutingRule | None, place: _Place | None = None
+    ) -> tuple[Tensor, RouterOutput | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn_SC, place)
         if isinstance(self.ffn, SwiGLU):
             return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
         y_BSD, router = self.ffn.forward_with_router(self.ffn_norm(x_BSD), rule)
@@ -193,30 +299,45 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(config.d_model)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding_VD = (
             self.embedding_VD if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         )
-        turn_SC = rotations(config.context, config.d_model // config.num_heads, config.rope_theta)
+        turn_SC = rotations(config.context, config.head_width, config.rope_theta)
         # Held as pairs of reals: `model.to(dtype)` would throw the imaginary part away.
         self.turn_SC2: Tensor
         self.register_buffer("turn_SC2", torch.view_as_real(turn_SC), persistent=False)
         self.init_weights(0)
 
-    def forward(self, tokens_BS: Tensor, rule: RoutingRule | None = None) -> ModelOutput:
-        """Next-token logits of int64 tokens; `rule`, if given, routes every MoE layer instead of the config's top-k."""
+    def forward(
+        self, tokens_BS: Tensor, rule: RoutingRule | None = None, cache: KeyValueCache | None = None
+    ) -> ModelOutput:
+        """Next-token logits of int64 tokens; `rule`, if given, routes every MoE layer instead of the config's top-k.
+
+        With a `cache` the tokens follow those that it holds, and are added to it.
+        """
         config, length = self.config, tokens_BS.shape[1]
         if length > config.context:
             raise UsageError(f"model: expected at most {config.context} tokens a sequence (context), found {length}")
         routers = []
         x_BSD = nnf.embedding(tokens_BS, self.embedding_VD)
         # One angle a channel pair of every query and key head: long inner loops are several times faster on the CPU.
+        heads = config.num_heads + config.kv_heads
         wide = torch.promote_types(self.turn_SC2.dtype, torch.float32)
-        turn_SC = torch.view_as_complex(self.turn_SC2[:length].to(wide)).repeat(1, 2 * config.num_heads)
-        for block in self.blocks:
-            x_BSD, router = block(x_BSD, turn_SC, rule)
+        if cache is None:
+            turn = torch.view_as_complex(self.turn_SC2[:length].to(wide)).repeat(1, heads)
+        else:
+            position_BS, seen_B1SS = _places(cache, length)
+            turn = torch.view_as_complex(self.turn_SC2.to(wide))[position_BS].repeat(1, 1, heads)
+        for layer, block in enumerate(self.blocks):
+            place = None
+            if cache is not None:
+                place = _Place(cache.k_LBHSC[layer], cache.v_LBHSC[layer], position_BS, seen_B1SS)
+            x_BSD, router = block(x_BSD, turn, rule, place)
             if router is not None:
                 routers.append(router)
+        if cache is not None:
+            cache.length_B += length
         return ModelOutput(self.final_norm(x_BSD) @ self.unembedding_VD.t(), tuple(routers))
 
     @torch.no_grad()
@@ -242,6 +363,16 @@ class Transformer(nn.Module):
                 buffer.zero_()
 
 
+def _places(cache: KeyValueCache, length: int) -> tuple[Tensor, Tensor]:
+    """Positions (B, S) of the next `length` tokens, and which of the cache's positions each may see (B, 1, S, capacity)."""
+    device, capacity = cache.length_B.device, cache.k_LBHSC.shape[3]
+    position_BS = cache.length_B[:, None] + torch.arange(length, device=device)
+    if int(position_BS.max()) >= capacity:
+        raise UsageError(f"cache: expected at most {capacity} tokens a sequence, found {int(position_BS.max()) + 1}")
+    seen_BSS = torch.arange(capacity, device=device) <= position_BS[:, :, None]
+    return position_BS, seen_BSS[:, None]
+
+
 def init_std(name: str, config: ModelConfig) -> float | None:
     """Std of a parameter's initial normal distribution; None for a norm's gain, which starts at 1.
 
@@ -261,7 +392,7 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     if leaf in ("w_qkv_DD", "w_up_DF", "w_up_EDF", "router_ED", "unembedding_VD"):
         return float(config.d_model**-0.5)
     if leaf == "w_out_DD":
-        return float(config.d_model**-0.5 * residual)
+        return float((config.num_heads * config.head_width) ** -0.5 * residual)
     if leaf == "w_down_EFD":
         return float(config.d_expert**-0.5 * residual)
     if leaf == "w_down_FD":
@@ -271,7 +402,7 @@ def init_std(name: str, config: ModelConfig) -> float | None:
 
 
 def _dense_width(config: ModelConfig, layer: int) -> int:
-    return config.d_dense if layer < config.dense_layers else config.d_expert
+    return config.d_dense if layer < config.dense_layers or layer in config.dense_blocks else config.d_expert
 
 
 def _draw(shape: torch.Size, std: float, stream: str) -> Tensor:
@@ -313,15 +444,17 @@ def accounting(config: ModelConfig) -> Accounting:
     """Count parameters and FLOPs/token from the config alone.
 
     A GEMM costs 2 FLOPs a weight a token forward and twice that backward (arXiv 2001.08361, section 2.1), hence
-    6·N_active for training. Attention's QKᵀ and AV cost 4·D·S a token and layer forward, 12·D·S·L for training, as if
-    each position saw all S = `context` positions: the convention of arXiv 2204.02311, appendix B, and of arXiv
-    2506.12119 (M = 6·N_a + 12·D·S·L), to whose form the readout's GEMM (6·V·D) is added here. Norms, rotary positions
-    and activations are left out.
+    6·N_active for training. Attention's QKᵀ and AV cost 4·D·S a token and layer forward, 12·D·S·L for training (D being the
+    width of all query heads), as if each position saw all S = `context` positions: the convention of arXiv 2204.02311,
+    appendix B, and of arXiv 2506.12119 (M = 6·N_a + 12·D·S·L), to whose form the readout's GEMM (6·V·D) is added here.
+    Norms, rotary positions and activations are left out.
     """
     D, L = config.d_model, config.num_layers
+    q_width, kv_width = config.num_heads * config.head_width, config.kv_heads * config.head_width
     norms = (2 * L + 1) * D
-    attention = 4 * D * D * L
-    dense = 3 * D * sum(_dense_width(config, layer) for layer in range(L) if layer < L - config.moe_layers)
+    norms += L * {"none": 0, "head": 2 * config.head_width, "width": q_width + kv_width}[config.qk_norm]
+    attention = 2 * D * (q_width + kv_width) * L
+    dense = 3 * D * sum(_dense_width(config, layer) for layer in range(L) if config.is_dense(layer))
     moe_layers = config.moe_layers
     router = config.num_experts * D * moe_layers
     shared = 3 * D * config.d_shared * moe_layers
@@ -330,7 +463,7 @@ def accounting(config: ModelConfig) -> Accounting:
     vocab = config.vocab_size * D * (1 if config.tie_embeddings else 2)
     matrices_active = always + config.top_k * expert
     total_non_vocab = always + config.num_experts * expert + norms
-    forward = 2 * (matrices_active + config.vocab_size * D) + 4 * D * config.context * L
+    forward = 2 * (matrices_active + config.vocab_size * D) + 4 * q_width * config.context * L
     return Accounting(
         total=total_non_vocab + vocab,
         active=matrices_active + norms + vocab,

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from records.errors import UsageError
-from repro.model import ModelConfig, Transformer, accounting, rotate, rotations
+from repro.model import KeyValueCache, ModelConfig, Transformer, accounting, rotate, rotations
 from repro.moe import MoE, RouterOutput, RoutingError, TopK
 
 SMALL = ModelConfig(
@@ -17,7 +17,11 @@ SMALL = ModelConfig(
 DENSE = dataclasses.replace(SMALL, num_experts=0, top_k=0, d_shared=0)
 MIXED = dataclasses.replace(SMALL, num_layers=3, dense_layers=1, d_dense=48, score="sigmoid", selection_bias=True)
 TIED = dataclasses.replace(SMALL, tie_embeddings=True, d_shared=0)
-ALL = [SMALL, DENSE, MIXED, TIED]
+GROUPED = dataclasses.replace(
+    SMALL, num_layers=3, num_kv_heads=2, d_head=6, qk_norm="head", norm_eps=1e-6, dense_blocks=(1,), d_dense=24
+)
+WIDE_NORM = dataclasses.replace(SMALL, qk_norm="width", num_kv_heads=1)
+ALL = [SMALL, DENSE, MIXED, TIED, GROUPED, WIDE_NORM]
 
 
 def tokens(config: ModelConfig, batch: int = 2) -> torch.Tensor:
@@ -41,6 +45,31 @@ def test_no_token_sees_the_future(config: ModelConfig) -> None:
     a, b = model(before).logits_BSV, model(after).logits_BSV
     torch.testing.assert_close(a[:, :9], b[:, :9])
     assert not torch.allclose(a[:, 9], b[:, 9])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [MIXED, GROUPED, WIDE_NORM])
+def test_a_cache_gives_what_the_whole_sequence_gives(config: ModelConfig) -> None:
+    """Prompts of three lengths, right-padded, then token by token, with one row dropped on the way."""
+    model, batch = Transformer(config), tokens(config, 3)
+    expected = model(batch).logits_BSV
+    lengths = torch.tensor([2, 7, 5])
+    cache = KeyValueCache(config, 3, config.context, batch.device, torch.float32)
+    prompt = batch[:, :7].masked_fill(torch.arange(7) >= lengths[:, None], 63)
+    found = model(prompt, cache=cache).logits_BSV
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(found[row, :length], expected[row, :length])
+    cache.length_B = lengths.clone()
+    rows = torch.arange(3)
+    for step in range(6):
+        at = lengths[rows] + step
+        found = model(batch[rows, at][:, None], cache=cache).logits_BSV
+        torch.testing.assert_close(found[:, 0], expected[rows, at])
+        if step == 2:
+            rows = torch.tensor([0, 2])
+            cache.keep(rows)
+    with pytest.raises(UsageError, match="at most 16 tokens a sequence, found 19"):
+        model(batch[rows, :8], cache=cache)
 
 
 def test_a_rule_is_called_once_a_layer_in_order() -> None:
@@ -72,7 +101,7 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone() -> None:
     torch.testing.assert_close(turned_q[0], q[0, 0])
 
 
-@pytest.mark.parametrize("config", [SMALL, MIXED])
+@pytest.mark.parametrize("config", [SMALL, MIXED, GROUPED])
 def test_gradcheck_of_the_whole_model_in_float64(config: ModelConfig) -> None:
     tiny = dataclasses.replace(config, vocab_size=5, d_model=8, num_heads=2, context=4, d_expert=4, num_experts=3)
     model, batch = Transformer(tiny).double(), tokens(tiny, 1)
@@ -229,6 +258,12 @@ def test_compiling_the_model_leaves_the_experts_out_and_changes_nothing() -> Non
         ({"dense_layers": 1}, UsageError, "d_dense of at least 1"),
         ({"backend": "gpu"}, RoutingError, "found 'gpu'"),
         ({"rope_theta": 0.0}, UsageError, "rope_theta above 0"),
+        ({"norm_eps": 0.0}, UsageError, "norm_eps above 0"),
+        ({"d_head": 5}, UsageError, "d_head to be even"),
+        ({"num_kv_heads": 3}, UsageError, "num_kv_heads to divide num_heads = 4"),
+        ({"qk_norm": "all"}, UsageError, "none, head or width, found 'all'"),
+        ({"dense_blocks": (2,)}, UsageError, r"dense_blocks in 0\.\.1"),
+        ({"dense_blocks": (1,)}, UsageError, "d_dense of at least 1"),
         ({"score": "relu"}, UsageError, "softmax or sigmoid"),
     ],
 )

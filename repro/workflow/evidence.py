@@ -164,9 +164,10 @@ def _check_probes(segment: SegmentJob, entries: list[dict[str, Any]], name: str)
         step = min(found * train["probe_every"], train["steps"] - 1)
         if entry.get("step") != step or done != step // train["trace_every"]:
             raise InvalidError(f"{name} line {number}: expected a probe of step {step} after the steps before it")
-        experts, layers = model["num_experts"], model["num_layers"] - model["dense_layers"]
-        load, values = entry.get("load"), entry.get("values")
-        layers = layers if experts else 0
+        experts, load, values = model["num_experts"], entry.get("load"), entry.get("values")
+        dense = model.get("dense_blocks", [])
+        sparse = range(model["dense_layers"], model["num_layers"]) if experts and isinstance(dense, list) else ()
+        layers = sum(layer not in dense for layer in sparse)
         if not (isinstance(load, list) and len(load) == layers and all(_is_load(row, experts) for row in load)):
             raise MalformedError(
                 f"{name} line {number}: expected the load of {experts} experts in each of {layers} layers"
