@@ -245,6 +245,14 @@ class Arm:
     measure: Mapping[str, Any] = field(default_factory=dict)
     measure_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        for before, after in itertools.pairwise(self.segments):
+            if after.model.num_experts < before.model.num_experts:
+                raise ValueError(
+                    f"arm {self.id}: a pool of {before.model.num_experts} experts cannot shrink to "
+                    f"{after.model.num_experts}; expected each segment to have as many as the one before, or more"
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:

@@ -297,6 +297,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Where a grown pool's experts come from, by layer (`repro.moe.growth.grow`): of no weight's value, and not hashed.
+        self.lineages: dict[str, Tensor] = {}
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)

@@ -1,7 +1,7 @@
 """The one training loop: deterministic, traced, resumable.
 
 - `TrainConfig`, `Segment`: everything that a piece of training depends on, as data
-- `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss, measures of the live model)
+- `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss, gradients, measures of the live model)
 - `training_step`: one update
 - `learning_rate`: warm-up, then constant, WSD or cosine
 - `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
@@ -120,10 +120,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """The finished segment before: its folder and its model's config."""
+    """The finished segment before: its folder, its model's config, and where its trace's chain starts."""
 
     folder: Path
     model: ModelConfig
+    genesis: str
 
 
 class Mechanism:
@@ -136,6 +137,9 @@ class Mechanism:
     def loss(self, output: ModelOutput) -> Tensor | None:
         """A scalar to be added to the loss, in nats/token; None for nothing."""
         return None
+
+    def gradients(self, model: Transformer) -> None:
+        """May change the gradients of `model` in place, before they are clipped and used; this one leaves them."""
 
     def probe(self, model: Transformer, output: ModelOutput) -> Mapping[str, float | Sequence[float]]:
         """Small measures of the live model for the trace, by name; called every `probe_every` steps without autograd.
@@ -265,6 +269,7 @@ def training_step(
         loss = loss + extra
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    mechanism.gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
     if look is not None:
         look(output)
@@ -287,15 +292,14 @@ def _inherit(
     segment: Segment, model: Transformer, optimizer: torch.optim.AdamW, parent: Parent, batches: Batches, seed: int
 ) -> None:
     """Puts the parent's weights, and optimizer state if asked for, into `model`, growing its expert pool on the way."""
-    path = parent.folder / "final.safetensors"
     if segment.growth is None:
-        _load(path, model, optimizer if segment.inherit == "all" else None, genesis=None)
+        _load_finished(parent.folder, model, optimizer if segment.inherit == "all" else None, genesis=parent.genesis)
         return
     old = Transformer(parent.model).to(next(model.parameters()).device)
-    tensors = _load(path, old, None, genesis=None)[2]
+    tensors, _ = _load_finished(parent.folder, old, None, genesis=parent.genesis)
     scores = _utilities(old, segment, batches) if segment.growth.allocation == "utility" else None
     generator = torch.Generator().manual_seed(derive(seed, "growth"))
-    lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
+    model.lineages = lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
     if segment.inherit == "all":
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -428,6 +432,7 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict
 
 def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step: int, lines: int, genesis: str) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"lineage.{name}": lineage_E for name, lineage_E in model.lineages.items()}
     tensors |= _optimizer_tensors(model, optimizer)
     temporary = path.with_suffix(".tmp")
     # one entry: safetensors writes several in an order that changes from process to process
@@ -443,7 +448,7 @@ def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step:
 
 
 def _load(
-    path: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str | None
+    path: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str
 ) -> tuple[int, int, dict[str, Tensor]]:
     """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on, all its tensors)."""
     try:
@@ -454,11 +459,19 @@ def _load(
         raise InvalidError(
             f"{path}: expected a safetensors checkpoint, found {error}; delete it to start the segment again"
         ) from error
-    if genesis is not None and metadata.get("genesis") != genesis:
+    if metadata.get("genesis") != genesis:
         raise InvalidError(f"{path}: the checkpoint belongs to another plan or segment; choose another --out")
-    model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    )
+    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(shapes.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else None
+        if shapes.get(name) != found:
+            raise InvalidError(
+                f"{path}: the checkpoint is of another model: expected {name} of shape {shapes.get(name)}, found {found}; "
+                "choose another --out"
+            )
+    model.load_state_dict(state)
+    model.lineages = {n.removeprefix("lineage."): value for n, value in tensors.items() if n.startswith("lineage.")}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
             state = {
@@ -477,9 +490,21 @@ def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "c
     Raises:
         InvalidError: the folder's trace or weights are not those of this segment.
     """
-    entries, head = check_chain((folder / "trace.jsonl").read_bytes(), genesis, name=str(folder / "trace.jsonl"))
     model = Transformer(segment.model)
-    _load(folder / "final.safetensors", model, None, genesis=genesis)
+    _, head = _load_finished(folder, model, None, genesis=genesis)
+    return model.to(device), head
+
+
+def _load_finished(
+    folder: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str
+) -> tuple[dict[str, Tensor], str]:
+    """Puts a finished segment's weights into `model`, and its optimizer state into `optimizer` if given.
+
+    Returns all tensors of its file, and the last chain value of its trace, which starts from `genesis` and names the weights.
+    """
+    path = folder / "trace.jsonl"
+    entries, head = check_chain(path.read_bytes(), genesis, name=str(path))
+    tensors = _load(folder / "final.safetensors", model, optimizer, genesis=genesis)[2]
     if not entries or entries[-1].get("weights") != weights_digest(model):
         raise InvalidError(f"{folder / 'final.safetensors'}: the weights are not those that the trace ends with")
-    return model.to(device), head
+    return tensors, head

@@ -247,7 +247,9 @@ def test_an_inheriting_segment_goes_on_from_the_one_before(tmp_path):
     train(tmp_path / "first")
     for inherit, same in (("weights", True), ("all", True), ("nothing", False)):
         segment = replace(SEGMENT, inherit=inherit, train=replace(SEGMENT.train, lr=0.0, warmup=0))
-        model = train(tmp_path / inherit, segment, parent=Parent(folder=tmp_path / "first", model=SEGMENT.model))
+        model = train(
+            tmp_path / inherit, segment, parent=Parent(folder=tmp_path / "first", model=SEGMENT.model, genesis=START)
+        )
         first = load_final(SEGMENT, tmp_path / "first", genesis=START)[0]
         assert (weights_digest(model) == weights_digest(first)) is same
     with pytest.raises(UsageError, match="needs one before it"):
@@ -260,7 +262,7 @@ def test_inheriting_all_keeps_the_optimizer_and_weights_alone_reset_it(tmp_path)
         train(
             tmp_path / inherit,
             replace(SEGMENT, inherit=inherit),
-            parent=Parent(folder=tmp_path / "first", model=SEGMENT.model),
+            parent=Parent(folder=tmp_path / "first", model=SEGMENT.model, genesis=START),
         )
     traces = [(tmp_path / name / "trace.jsonl").read_bytes() for name in ("weights", "all")]
     assert traces[0] != traces[1]
@@ -338,7 +340,7 @@ SOURCE = replace(
 @pytest.mark.parametrize("allocation", ["uniform", "utility"])
 def test_a_segment_grows_the_pool_it_inherits_and_resumes_bit_for_bit(tmp_path, inherit, allocation):
     train(tmp_path / "source", SOURCE)
-    parent = Parent(folder=tmp_path / "source", model=SOURCE.model)
+    parent = Parent(folder=tmp_path / "source", model=SOURCE.model, genesis=START)
     segment = replace(GROWN, inherit=inherit, growth=replace(GROWN.growth, allocation=allocation))
     model = train(tmp_path / "whole", segment, parent=parent)
     assert model.blocks[0].ffn.w_up_EDF.shape[0] == 8
@@ -354,6 +356,57 @@ def test_a_segment_grows_the_pool_it_inherits_and_resumes_bit_for_bit(tmp_path, 
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_grown_model_knows_where_its_experts_come_from_also_when_loaded(tmp_path):
+    train(tmp_path / "source", SOURCE)
+    parent = Parent(folder=tmp_path / "source", model=SOURCE.model, genesis=START)
+    train(tmp_path / "grown", GROWN, parent=parent)
+    loaded = load_final(GROWN, tmp_path / "grown", genesis=START)[0]
+    assert {name: lineage_E.tolist() for name, lineage_E in loaded.lineages.items()} == {
+        "blocks.0.ffn": [0, 1, 2, 3, 0, 1, 2, 3]
+    }
+    after = replace(SOURCE, model=GROWN.model, inherit="all", train=replace(SOURCE.train, first_step=60))
+    again = train(tmp_path / "after", after, parent=Parent(folder=tmp_path / "grown", model=GROWN.model, genesis=START))
+    assert again.lineages.keys() == loaded.lineages.keys()
+    assert load_final(SOURCE, tmp_path / "source", genesis=START)[0].lineages == {}
+
+
+class _Still(Mechanism):
+    def gradients(self, model):
+        for parameter in model.parameters():
+            parameter.grad.zero_()
+
+
+def test_a_mechanism_may_change_the_gradients(tmp_path):
+    segment = replace(SEGMENT, train=replace(SEGMENT.train, weight_decay=0.0))
+    model = train(tmp_path, segment, mechanism=_Still())
+    fresh = Transformer(SEGMENT.model)
+    fresh.init_weights(0)
+    assert weights_digest(model) == weights_digest(fresh)
+
+
+@pytest.mark.parametrize("growth", [None, Growth(bias_noise=1e-3)])
+def test_a_parent_that_is_not_the_plans_is_refused(tmp_path, growth):
+    """Another plan's folder, another model's weights under the right name, and a trace that ends in other weights."""
+    train(tmp_path / "source", SOURCE)
+    segment = GROWN if growth else replace(GROWN, growth=None, model=SOURCE.model)
+    other = genesis("33" * 32, "22" * 32)
+    with pytest.raises(InvalidError, match="the chain is broken"):
+        train(tmp_path / "a", segment, parent=Parent(folder=tmp_path / "source", model=SOURCE.model, genesis=other))
+    wide = replace(SOURCE.model, d_expert=16)
+    with pytest.raises(
+        InvalidError, match=r"of another model: expected blocks\.0\.ffn\.w_down_EFD of shape \(4, 16, 16\)"
+    ):
+        train(
+            tmp_path / "b",
+            replace(segment, model=replace(segment.model, d_expert=16)),
+            parent=Parent(folder=tmp_path / "source", model=wide, genesis=START),
+        )
+    train(tmp_path / "twin", SOURCE, seed=1)
+    (tmp_path / "twin" / "final.safetensors").replace(tmp_path / "source" / "final.safetensors")
+    with pytest.raises(InvalidError, match="not those that the trace ends with"):
+        train(tmp_path / "c", segment, parent=Parent(folder=tmp_path / "source", model=SOURCE.model, genesis=START))
+
+
 def test_a_second_segment_sees_the_text_after_the_first(tmp_path):
     """Growing by nothing, with the optimizer kept, at a constant rate, is the run that was never cut in two."""
     constant = replace(SEGMENT.train, schedule="constant", warmup=0)
@@ -362,7 +415,7 @@ def test_a_second_segment_sees_the_text_after_the_first(tmp_path):
     second = replace(
         SEGMENT, train=replace(constant, steps=20, first_step=20), inherit="all", growth=Growth(allocation="utility")
     )
-    parent = Parent(folder=tmp_path / "first", model=SEGMENT.model)
+    parent = Parent(folder=tmp_path / "first", model=SEGMENT.model, genesis=START)
     model = train(tmp_path / "second", second, parent=parent)
     assert trace(tmp_path / "whole")[-1]["weights"] == weights_digest(model)
 

@@ -20,7 +20,7 @@ from repro.environment import set_deterministic
 from repro.model import ModelConfig
 from repro.trace import TraceWriter, check_chain, genesis
 from repro.train import Parent, Segment, load_final, train_segment
-from repro.workflow.plan import ArmJob, jobs, paper_module, plan_digest
+from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_digest
 
 _PROGRESS_SECONDS = 0.2
 
@@ -96,11 +96,17 @@ def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe
             folder=folder / work.folder,
             genesis=genesis(plan_digest(plan), work.digest),
             device=_torch_device(plan),
-            parent=Parent(folder=folder / parent.folder, model=decode(ModelConfig, parent.config["model"]))
-            if parent
-            else None,
+            parent=_parent(plan, folder, parent) if parent else None,
             progress=progress,
         )
+
+
+def _parent(plan: Mapping[str, Any], folder: Path, job: SegmentJob) -> Parent:
+    return Parent(
+        folder=folder / job.folder,
+        model=decode(ModelConfig, job.config["model"]),
+        genesis=genesis(plan_digest(plan), job.digest),
+    )
 
 
 def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
