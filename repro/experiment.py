@@ -280,8 +280,11 @@ class Curve:
 class Figure:
     """A figure: every seed, the mean, and its 95% interval.
 
-    `metrics` draws the curves' metrics against `x`; `training` the traced loss of the curves' arms against tokens, with a
-    mark wherever a segment begins.
+    `metrics` draws the curves' metrics against `x`; `closure` the share of the gap from `base` to `target` that they close,
+    η, likewise (base and target have a metric, and perhaps an arm, for each x value too).
+    `training` draws the traced loss of the curves' arms against tokens, `time` against measured seconds, `probe` the
+    probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
+    a segment begins. `load` draws what the probes say of each expert's load, a map for each curve's arm, seed and layer.
     """
 
     title: str
@@ -289,19 +292,40 @@ class Figure:
     y_label: str
     x: tuple[float, ...] = ()
     curves: tuple[Curve, ...]
-    kind: Literal["metrics", "training"] = "metrics"
+    kind: Literal["metrics", "closure", "training", "time", "probe", "load"] = "metrics"
+    base: Curve | None = None
+    target: Curve | None = None
 
     def __post_init__(self) -> None:
-        for curve in self.curves:
-            if self.kind == "metrics" and not len(curve.metrics) == len(self.x) == len(curve.arms or self.x):
+        if (self.kind == "closure") != bool(self.base and self.target):
+            raise ValueError(f"figure {self.title!r}: `closure` needs a base and a target, and nothing else has them")
+        for curve in filter(None, (*self.curves, self.base, self.target)):
+            if self.over_x and not len(curve.metrics) == len(self.x) == len(curve.arms or self.x):
                 raise ValueError(f"figure {self.title!r}: expected a metric for each of {len(self.x)} x values")
+            if self.kind == "probe" and len(curve.metrics) != 1:
+                raise ValueError(
+                    f"figure {self.title!r}: expected the name of one probed measure as the curve's metrics"
+                )
+
+    @property
+    def over_x(self) -> bool:
+        """Whether the figure has x values of its own, not tokens or seconds."""
+        return self.kind in ("metrics", "closure")
+
+    @property
+    def arms(self) -> set[str]:
+        """Arms and groups that the figure draws."""
+        return {
+            arm for curve in filter(None, (*self.curves, self.base, self.target)) for arm in curve.arms or (curve.arm,)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
     """All arms of a paper at one scale; `seeds` is the default count, and the first of them is `first_seed`.
 
-    A first seed above 0 keeps a new plan's seeds apart from those of a run that is published already.
+    A first seed above 0 keeps a new plan's seeds apart from those of a run that is published already. `warnings` are lines
+    that whoever plans or reads the run must see, such as a law that is asked outside its fitted range.
     """
 
     seeds: int
@@ -309,6 +333,7 @@ class Design:
     arms: tuple[Arm, ...]
     groups: tuple[Group, ...] = ()
     figures: tuple[Figure, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def segment_digest(segment: Any, *, seed: int, corpus_sha256: str, parent: str | None) -> str:

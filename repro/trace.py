@@ -10,6 +10,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from records.versions import check_version
 
 TRACE_SCHEMA = "repro.trace/v1"
 _DOMAIN = TRACE_SCHEMA.encode() + b"\0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One look at the live model: tokens that each expert got, by MoE layer, and the mechanism's own measures by name."""
+
+    load: tuple[tuple[int, ...], ...]
+    values: Mapping[str, tuple[float, ...]]
 
 
 def genesis(plan_sha256: str, subject_sha256: str) -> str:

@@ -15,11 +15,11 @@ from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.experiment import Design
-from repro.trace import genesis
+from repro.trace import Probe, genesis
 from repro.train import Mechanism, train_segment
 from repro.workflow import audit
 from repro.workflow import plan as plans
-from repro.workflow.evidence import Probe, load
+from repro.workflow.evidence import load
 from repro.workflow.plan import jobs, make_plan, parse_plan, plan_digest
 
 PROBED = replace(SEGMENT, train=replace(SEGMENT.train, steps=25, probe_every=10))

@@ -166,6 +166,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     print(f"scale     {plan['scale']}, seeds {', '.join(map(str, plan['seeds']))}, {len(plan['arms'])} arms")
     for name, digest in plan["corpora"].items():
         print(f"corpus    {name} {digest}")
+    for warning in plan["warnings"]:
+        print(f"warning   {warning}")
     print(f"claims    {', '.join(claim['id'] for claim in plan['claims'])}")
     print(f"arms      {', '.join(arm['id'] for arm in plan['arms'])}")
     shared = f" ({cost.tokens_alone:,} if no arm shared a segment)" if cost.tokens_alone > cost.tokens else ""
@@ -194,6 +196,8 @@ def _run(arguments: argparse.Namespace) -> int:
     seconds = estimate(plan, workers=arguments.workers).seconds
     with start(plan, folder, resume=arguments.resume):
         print(f"plan {plan_digest(plan)[:16]}…, about {_duration(seconds)}, in {folder}", file=sys.stderr)
+        for warning in plan["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
         try:
             with reporter() as progress:
                 execute(plan, folder, workers=arguments.workers, reporter=progress)

@@ -12,7 +12,7 @@ from records import canonical
 from repro.config import decode
 from repro.experiment import Claim, Figure
 from repro.judge import Evidence
-from repro.report.figures import Losses, draw
+from repro.report.figures import READING, Courses, draw
 
 
 def render(
@@ -20,14 +20,14 @@ def render(
     outcome: Mapping[str, Any],
     run: Mapping[str, Any],
     evidence: Evidence,
-    losses: Losses,
+    courses: Courses,
     files: Mapping[str, bytes],
 ) -> str:
     """The page; the same text for the same arguments.
 
     Args:
         plan, outcome, run: the contents of plan.json, outcome.json and run.json.
-        evidence, losses: what the run's files prove.
+        evidence, courses: what the run's files prove.
         files: the evidence files by name, for their measured times.
     """
     groups = {group["id"]: group for group in plan["groups"]}
@@ -49,10 +49,11 @@ def render(
         figures=[
             (
                 figure,
-                Markup(draw(figure, evidence, losses, seeds=plan["seeds"], chosen=outcome["groups"], labels=labels)),  # noqa: S704
+                Markup(draw(figure, evidence, courses, seeds=plan["seeds"], chosen=outcome["groups"], labels=labels)),  # noqa: S704
             )
             for figure in figures
         ],
+        reading=READING,
         rows=_rows(plan, evidence),
         cost=_cost(plan, files),
         slug=plan["paper"]["slug"].replace("_", "-"),
@@ -83,7 +84,13 @@ def _cost(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]
         if name.endswith("/trace.jsonl")
     }
     total = sum(tokens.values())
+    alone = sum(
+        train["steps"] * train["batch"] * train["context"]
+        for arm in plan["arms"]
+        for train in (segment["train"] for segment in arm["segments"])
+    )
     return {
+        "alone": alone * len(plan["seeds"]),
         "minutes": seconds / 60,
         "tokens": total,
         "rate": total / seconds if seconds else 0.0,

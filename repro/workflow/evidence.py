@@ -18,18 +18,10 @@ from typing import Any, TypeVar
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError
 from repro.config import decimal_string
 from repro.judge import ArmEvidence
-from repro.trace import check_chain, genesis
+from repro.trace import Probe, check_chain, genesis
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, plan_digest
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """One look at the live model: tokens that each expert got, by MoE layer, and the mechanism's own measures by name."""
-
-    load: tuple[tuple[int, ...], ...]
-    values: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +29,13 @@ class Loaded:
     """Evidence by (arm, seed); `faults` are chains that do not hold; `missing` files of arms that were not run.
 
     `losses`: by (arm, seed), for each of its segments, (tokens since the arm's start, mean loss of a step group).
+    `timed`: likewise, (measured seconds since the arm's start, mean loss); empty where a time is lacking.
     `probes`: likewise, (tokens since the arm's start, what the trace says of the live model there).
     """
 
     evidence: Mapping[tuple[str, int], ArmEvidence]
     losses: Mapping[tuple[str, int], list[list[tuple[int, float]]]]
+    timed: Mapping[tuple[str, int], list[list[tuple[float, float]]]]
     probes: Mapping[tuple[str, int], list[list[tuple[int, Probe]]]]
     faults: tuple[str, ...]
     missing: tuple[str, ...]
@@ -67,6 +61,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
     checked: dict[str, tuple[str, str, str] | None] = {}
     losses: dict[str, list[tuple[int, float]]] = {}
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
+    timed: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
     looks: dict[str, list[tuple[int, Probe]]] = {}
     probes: dict[tuple[str, int], list[list[tuple[int, Probe]]]] = {}
     lines = 0
@@ -104,6 +99,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
             entries, _ = check_chain(files[job.file], genesis(last[1], job.digest), name=job.file)
             lines += len(entries)
             curves[job.arm, job.seed] = _along(job, losses)
+            timed[job.arm, job.seed] = _over_time(job, losses, files)
             probes[job.arm, job.seed] = _along(job, looks)
             derived = _recovery(job, losses) | _seconds(job, files)
             evidence[job.arm, job.seed] = _arm_evidence(job, entries, derived, weights=last[2])
@@ -112,8 +108,9 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
         except ReproError as error:
             faults.append(str(error))
     return Loaded(
-        evidence=evidence, losses=curves, probes=probes, faults=tuple(faults), missing=tuple(missing), lines=lines
-    )
+        evidence=evidence, losses=curves, timed=timed, probes=probes, faults=tuple(faults), missing=tuple(missing),
+        lines=lines,
+    )  # fmt: skip
 
 
 def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str) -> str:
@@ -227,6 +224,20 @@ def _along(job: ArmJob, found: Mapping[str, list[tuple[int, _T]]]) -> list[list[
     return curve
 
 
+def _over_time(
+    job: ArmJob, losses: Mapping[str, list[tuple[int, float]]], files: Mapping[str, bytes]
+) -> list[list[tuple[float, float]]]:
+    """Losses of each segment by measured seconds since the arm's start; steps done twice after a kill count twice."""
+    curve, seconds = [], 0.0
+    for segment in job.segments:
+        reached: dict[int, float] = {}
+        for step, taken in _timing(segment, files):
+            seconds += taken
+            reached[step] = seconds
+        curve.append([(reached[step], loss) for step, loss in losses[segment.digest] if step in reached])
+    return curve
+
+
 _LEVEL = 5  # step groups whose mean is the level that a loss was at
 
 
@@ -251,15 +262,22 @@ def _recovery(job: ArmJob, losses: Mapping[str, list[tuple[int, float]]]) -> dic
 
 def _seconds(job: ArmJob, files: Mapping[str, bytes]) -> dict[str, str]:
     """Measured training time of the arm's segments, as if it had been trained alone."""
-    seconds = 0.0
-    for segment in job.segments:
-        data = files.get(f"{segment.folder}/timing.jsonl")
-        if data is None:
-            return {}
-        try:
-            seconds += math.fsum(json.loads(line)["seconds"] for line in data.splitlines())
-            if not 0 <= seconds < math.inf:
-                raise ValueError(seconds)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise MalformedError(f"{segment.folder}/timing.jsonl: expected a line of seconds a step group") from error
+    if any(f"{segment.folder}/timing.jsonl" not in files for segment in job.segments):
+        return {}
+    seconds = sum(math.fsum(taken for _, taken in _timing(segment, files)) for segment in job.segments)
     return {"time/seconds": decimal_string(round(seconds, 3))}
+
+
+def _timing(segment: SegmentJob, files: Mapping[str, bytes]) -> list[tuple[int, float]]:
+    """(Step, seconds that the group of steps up to it took) of a segment's file of times, if it has one."""
+    data = files.get(f"{segment.folder}/timing.jsonl", b"")
+    try:
+        items = [json.loads(line) for line in data.splitlines()]
+        found = [(int(item["step"]), float(item["seconds"])) for item in items]
+        if not 0 <= math.fsum(seconds for _, seconds in found) < math.inf:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise MalformedError(
+            f"{segment.folder}/timing.jsonl: expected a line of step and seconds a step group"
+        ) from error
+    return found

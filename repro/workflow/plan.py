@@ -102,6 +102,7 @@ def make_plan(
             "groups": groups,
             "figures": figures,
             "deviations": info.deviation,
+            "warnings": design.warnings,
             "corpora": {name: corpus.load(name).digest for name in corpora},
             "code": {"sha256": code["sha256"], "version": code["version"]},
             "environment": environment,
@@ -143,6 +144,7 @@ class _PlanRecord:
     code: Mapping[str, Any]
     environment: NumericEnvironment
     tolerance: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _needed(
         elsewhere |= {arm for group in design.groups if group.id in elsewhere for arm in group.among}
         names |= {arm.id for arm in design.arms} - elsewhere
     arms = tuple(arm for arm in design.arms if arm.id in names)
-    figures = tuple(f for f in design.figures if all(names.issuperset(c.arms or (c.arm,)) for c in f.curves))
+    figures = tuple(figure for figure in design.figures if figure.arms <= names)
     return arms, groups, figures
 
 

@@ -22,6 +22,7 @@ def write_report(folder: Path) -> Path:
         InvalidError: the evidence does not hold.
     """
     require_report()
+    from repro.report.figures import Courses
     from repro.report.page import render
 
     plan = read_plan(folder)
@@ -37,7 +38,8 @@ def write_report(folder: Path) -> Path:
     if loaded.faults:
         raise InvalidError(f"{folder}: {loaded.faults[0]}")
     path = folder / "report.html"
-    write_atomically(path, render(plan, outcome, run, loaded.evidence, loaded.losses, files).encode())
+    courses = Courses(losses=loaded.losses, timed=loaded.timed, probes=loaded.probes)
+    write_atomically(path, render(plan, outcome, run, loaded.evidence, courses, files).encode())
     return path
 
 

@@ -1,5 +1,7 @@
 """Figures, page and table from data made for the purpose; a foreign plan must not reach the reader as markup."""
 
+import math
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from records.errors import MalformedError
 from repro.experiment import Curve, Figure
 from repro.judge import ArmEvidence
-from repro.report.figures import draw
+from repro.report.figures import Courses, _shares, draw
 from repro.report.table import BEGIN, END, markdown, replace_table
+from repro.trace import Probe
 
 FIGURE = Figure(title="t", x_label="k", y_label="loss", x=(1.0, 2.0), curves=(Curve(arm="a", metrics=("l1", "l2")),))
 
@@ -21,7 +24,7 @@ def evidence(values):
 
 
 def svg(values, **more):
-    return draw(FIGURE, evidence(values), {}, seeds=[0, 1, 2], chosen={}, labels={"a": "arm <a>"}, **more)
+    return draw(FIGURE, evidence(values), Courses(), seeds=[0, 1, 2], chosen={}, labels={"a": "arm <a>"}, **more)
 
 
 def test_a_figure_is_the_same_bytes_every_time_and_draws_every_seed():
@@ -43,7 +46,7 @@ def test_a_curve_without_evidence_is_named_and_text_is_escaped():
 def test_training_curves_and_figures_over_arms():
     training = Figure(title="t", x_label="tokens", y_label="loss", curves=(Curve(arm="a"),), kind="training")
     losses = {("a", 0): [[(10, 3.0), (20, 2.5)], [(30, 2.7), (40, 2.2)]]}
-    page = draw(training, {}, losses, seeds=[0, 1], chosen={}, labels={})
+    page = draw(training, {}, Courses(losses=losses), seeds=[0, 1], chosen={}, labels={})
     assert "a (1 seeds)" in page
     over = Figure(
         title="t",
@@ -53,10 +56,81 @@ def test_training_curves_and_figures_over_arms():
         curves=(Curve(arm="line", arms=("a", "b"), metrics=("l1", "l1")),),
     )
     some = evidence([(1.0, 2.0)]) | {("b", 0): ArmEvidence(status="complete", weights="", metrics={"l1": "3"})}
-    assert "line (1 seeds)" in draw(over, some, {}, seeds=[0], chosen={}, labels={})
-    assert "line: not measured" in draw(over, evidence([(1.0, 2.0)]), {}, seeds=[0], chosen={}, labels={})
+    assert "line (1 seeds)" in draw(over, some, Courses(), seeds=[0], chosen={}, labels={})
+    assert "line: not measured" in draw(over, evidence([(1.0, 2.0)]), Courses(), seeds=[0], chosen={}, labels={})
     with pytest.raises(ValueError, match="a metric for each of 2"):
         Figure(title="t", x_label="x", y_label="y", x=(1.0, 2.0), curves=(Curve(arm="a", metrics=("l",)),))
+
+
+def lines_of(page: str) -> int:
+    """Paths drawn by `plot` with a thin line."""
+    return page.count("stroke-width: 0.7")
+
+
+PROBES = {
+    ("a", seed): [
+        [(tokens, Probe(load=((3, 1), (2, 2)), values={"cosine": (0.5, 0.7)})) for tokens in (0, 10)],
+        [(tokens, Probe(load=((1, 1, 1, 1), (4, 0, 0, 0)), values={"cosine": (1.0,)})) for tokens in (20, 30)],
+    ]
+    for seed in (0, 1)
+}
+
+
+def test_along_training_every_seed_is_drawn_and_growth_is_marked():
+    timed = {("a", seed): [[(0.5, 3.0), (1.0, 2.5)], [(1.75, 2.7), (2.5, 2.2)]] for seed in (0, 1, 2)}
+    time = Figure(title="t", x_label="s", y_label="loss", curves=(Curve(arm="a"), Curve(arm="b")), kind="time")
+    page = draw(time, {}, Courses(timed=timed), seeds=[0, 1, 2], chosen={}, labels={})
+    assert "a (3 seeds)" in page
+    assert "b: not measured" in page
+    assert lines_of(page) == 3
+    curve = Curve(arm="group", metrics=("cosine",))
+    probe = Figure(title="t", x_label="tokens", y_label="cosine", curves=(curve,), kind="probe")
+    page = draw(probe, {}, Courses(probes=PROBES), seeds=[0, 1, 2], chosen={"group": "a"}, labels={})
+    assert "group (2 seeds)" in page
+    assert lines_of(page) == 2
+    other = Figure(title="t", x_label="", y_label="", curves=(Curve(arm="a", metrics=("norm",)),), kind="probe")
+    assert "a: not measured" in draw(other, {}, Courses(probes=PROBES), seeds=[0], chosen={}, labels={})
+    with pytest.raises(ValueError, match="the name of one probed measure"):
+        Figure(title="t", x_label="", y_label="", curves=(Curve(arm="a"),), kind="probe")
+
+
+def test_load_maps_have_a_row_each_seed_and_a_column_each_layer():
+    figure = Figure(title="t", x_label="tokens", y_label="expert", curves=(Curve(arm="a"), Curve(arm="b")), kind="load")
+    page = draw(figure, {}, Courses(probes=PROBES), seeds=[0, 1], chosen={}, labels={})
+    assert page == draw(figure, {}, Courses(probes=PROBES), seeds=[0, 1], chosen={}, labels={})
+    for text in ("seed 0", "seed 1", "layer 1 of 2", "layer 2 of 2", "load, 1 is even"):
+        assert text in page
+    assert page.count("#d55e00") == 4  # where the pool grew, once a map
+    other = PROBES | {("a", 1): PROBES["a", 1][:1]}
+    assert page != draw(figure, {}, Courses(probes=other), seeds=[0, 1], chosen={}, labels={})
+    assert "a, b: not measured" in draw(figure, {}, Courses(), seeds=[0], chosen={}, labels={})
+    first, *_, last = _shares([(3, 1), (1, 1, 2, 0)], 4)
+    assert first == [1.5, 1.0]
+    assert math.isnan(last[0])
+    assert last[1] == 0
+
+
+def test_the_share_of_a_gap_is_that_of_the_judge():
+    closing = Figure(
+        title="t", x_label="x", y_label="η", x=(25.0, 50.0), kind="closure",
+        curves=(Curve(arm="grown", arms=("g25", "g50"), metrics=("loss",) * 2),),
+        base=Curve(arm="small", metrics=("loss",) * 2), target=Curve(arm="large", metrics=("loss",) * 2),
+    )  # fmt: skip
+    assert closing.arms == {"g25", "g50", "small", "large"}
+    losses = {"small": (2.0, 2.1), "large": (1.0, 1.1), "g25": (1.25, 1.35), "g50": (1.5, 1.6)}
+    found = {
+        (arm, seed): ArmEvidence(status="complete", weights="", metrics={"loss": str(loss)})
+        for arm, both in losses.items()
+        for seed, loss in enumerate(both)
+    }
+    page = draw(closing, found, Courses(), seeds=[0, 1], chosen={}, labels={})
+    assert "grown (2 seeds)" in page
+    no_gap = found | {("large", 0): found["small", 1]}
+    assert "grown: no gap measured" in draw(closing, no_gap, Courses(), seeds=[0, 1], chosen={}, labels={})
+    with pytest.raises(ValueError, match="`closure` needs a base and a target"):
+        replace(closing, base=None)
+    with pytest.raises(ValueError, match="a metric for each of 2"):
+        replace(closing, base=Curve(arm="small", metrics=("loss",)))
 
 
 PLAN = {
