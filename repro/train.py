@@ -50,6 +50,8 @@ class TrainConfig:
     `bias_rate` moves each expert's selection bias by so much a step against its load (loss-free balancing, arXiv
     2408.15664; the model needs a selection bias). `first_step` is the step of the corpus that the segment starts at, so
     that a later segment sees new text.
+    `unique` > 0 trains on that many tokens of the corpus alone, which every seed draws by itself, as often as it takes, in
+    a new order each time; `epochs` > 0 is how often any text may be seen: a plan that would need more is refused.
     With `bfloat16` the matrix products are in that precision and accumulate in float32; weights stay float32.
     `probe_every` steps, at the segment's first step and at its last the trace gets a probe: the load that the step's own
     routing gave each expert, and what the mechanism measures (0: none).
@@ -70,6 +72,8 @@ class TrainConfig:
     balance: float = 0.01
     bias_rate: float = 0.0
     first_step: int = 0
+    unique: int = 0
+    epochs: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     trace_every: int = 10
     hash_every: int = 200
@@ -90,6 +94,8 @@ class TrainConfig:
             raise ValueError(
                 f"probe_every: expected 0 or a multiple of trace_every = {self.trace_every}, found {self.probe_every}"
             )
+        if self.unique < 0 or self.epochs < 0:
+            raise ValueError(f"unique, epochs: expected at least 0, found {self.unique}, {self.epochs}")
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected 2 numbers, found {len(self.betas)}")
 

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from records.errors import UsageError
 from repro.data import corpus
-from repro.data.batches import Batches, evaluation_windows
+from repro.data.batches import Batches, check_supply, evaluation_windows
 
 # A change here changes every recorded run on this corpus: it must be meant, and be in the changelog.
 SYNTHETIC_DIGEST = "0e7bd503bb183652375b0e9c95f843ca7c5fce46a896033f51a3b37a65547f65"
@@ -123,6 +124,47 @@ def test_an_epoch_takes_every_window_once_and_the_next_in_another_order():
     for epoch in range(3):
         assert sorted(seen[100 * epoch : 100 * (epoch + 1)].tolist()) == starts
     assert seen[:100].tolist() != seen[100:200].tolist()
+
+
+def test_unique_tokens_are_those_of_the_first_epoch_and_come_back_in_another_order():
+    whole, few = (
+        Batches(data=DATA, batch=5, context=10, seed=5),
+        Batches(data=DATA, batch=5, context=10, seed=5, unique=207),
+    )
+    assert few.windows == 20
+    first = [whole.at(step)[0] for step in range(4)]
+    assert all((few.at(step)[0] == tokens).all() for step, tokens in enumerate(first))
+    starts = torch.cat(first)[:, 0].tolist()
+    epochs = [torch.cat([few.at(4 * epoch + step)[0] for step in range(4)])[:, 0].tolist() for epoch in range(4)]
+    assert epochs[0] == starts
+    assert all(sorted(epoch) == sorted(starts) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 4
+    # another batch size sees the same text in the same order
+    wide = Batches(data=DATA, batch=10, context=10, seed=5, unique=207)
+    assert [wide.at(step)[0][:, 0].tolist() for step in (2, 3)] == [epochs[1][:10], epochs[1][10:]]
+
+
+def test_unique_tokens_that_cannot_be_are_said_clearly():
+    with pytest.raises(UsageError, match=r"from 50 \(one batch\) to 1000 .* found 1001"):
+        Batches(data=DATA, batch=5, context=10, seed=0, unique=1001)
+    with pytest.raises(UsageError, match="found 49"):
+        Batches(data=DATA, batch=5, context=10, seed=0, unique=49)
+
+
+def test_too_few_unique_tokens_says_how_many_epochs_it_would_take():
+    supply = {"context": 10, "available": 1001, "name": "arm a"}
+    check_supply(tokens=1000, unique=0, epochs=1, **supply)
+    check_supply(tokens=5000, unique=1000, epochs=0, **supply)
+    with pytest.raises(
+        UsageError, match=r"arm a: expected at most 1 epoch, found that 2,500 .* 1,000 unique ones take 2.50"
+    ):
+        check_supply(tokens=2500, unique=0, epochs=1, **supply)
+    with pytest.raises(UsageError, match=r"at most 2 epochs, found that 900 tokens out of 200 unique ones take 4.50"):
+        check_supply(tokens=900, unique=207, epochs=2, **supply)
+    with pytest.raises(UsageError, match=r"expected 1,001 unique tokens, found 1,000 .* would take 2.00 epochs"):
+        check_supply(tokens=2000, unique=1001, epochs=0, **supply)
+    with pytest.raises(UsageError, match="at least 11 bytes of text, found 3"):
+        check_supply(tokens=1, unique=0, epochs=0, context=10, available=3, name="x")
 
 
 def test_targets_are_the_next_bytes():

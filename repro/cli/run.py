@@ -154,7 +154,7 @@ def _make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from records import canonical
-    from repro.workflow.plan import estimate, plan_digest
+    from repro.workflow.plan import estimate, plan_digest, reuse
 
     plan = _make_plan(arguments)
     if arguments.json:
@@ -170,6 +170,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"warning   {warning}")
     print(f"claims    {', '.join(claim['id'] for claim in plan['claims'])}")
     print(f"arms      {', '.join(arm['id'] for arm in plan['arms'])}")
+    for arm, (unique, epochs) in reuse(plan).items():
+        print(f"reuse     {arm}: {epochs:.2f} epochs of {unique:,} unique tokens")
     shared = f" ({cost.tokens_alone:,} if no arm shared a segment)" if cost.tokens_alone > cost.tokens else ""
     print(f"tokens    {cost.tokens:,}{shared}, {cost.flops:.3g} floating-point operations")
     print(f"estimate  {_duration(cost.seconds)} with {cost.workers} workers, {cost.memory / 2**30:.1f} GiB of memory")

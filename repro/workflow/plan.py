@@ -16,6 +16,7 @@ from records.errors import MalformedError, UsageError
 from records.versions import check_version
 from repro.config import decode, encode
 from repro.data import corpus
+from repro.data.batches import check_supply
 from repro.environment import NumericEnvironment, code_state, numeric_environment
 from repro.experiment import (
     SCALES,
@@ -89,6 +90,7 @@ def make_plan(
     left_out = tuple(claim for claim in info.claim if claim not in selected)
     arms, groups, figures = _needed(design, selected, left_out, named=claims is not None)
     corpora = sorted({segment.corpus for arm in arms for segment in arm.segments})
+    _check_supply(arms)
     code = code_state()
     plan: dict[str, Any] = encode(
         {
@@ -110,6 +112,32 @@ def make_plan(
         }
     )
     return plan
+
+
+def _check_supply(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        for segment in arm.segments:
+            train = segment.train
+            if train.unique or train.epochs:
+                check_supply(
+                    tokens=(train.first_step + train.steps) * train.batch * train.context,
+                    context=train.context,
+                    available=len(corpus.load(segment.corpus).train),
+                    unique=train.unique,
+                    epochs=train.epochs,
+                    name=f"arm {arm.id}, corpus {segment.corpus}",
+                )
+
+
+def reuse(plan: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+    """Unique tokens and epochs of them that each arm trains on, for those arms whose unique tokens the plan fixes."""
+    found = {}
+    for arm in plan["arms"]:
+        train = arm["segments"][-1]["train"]
+        if unique := train.get("unique", 0):
+            steps = train.get("first_step", 0) + train["steps"]
+            found[arm["id"]] = (unique, steps * train["batch"] * train["context"] / unique)
+    return found
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:

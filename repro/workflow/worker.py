@@ -90,7 +90,13 @@ def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe
             return
         train_segment(
             segment,
-            batches=Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=job.seed),
+            batches=Batches(
+                data=text.train,
+                batch=segment.train.batch,
+                context=segment.train.context,
+                seed=job.seed,
+                unique=segment.train.unique,
+            ),
             mechanism=paper_module(plan["paper"]["slug"]).mechanism(segment.mechanism),
             seed=job.seed,
             folder=folder / work.folder,
