@@ -67,7 +67,7 @@ def build_replication(
     bundle[MANIFEST] = build_manifest(bundle)
     predicate = {**predicate, "manifest_sha256": canonical.sha256_hex(bundle[MANIFEST])}
     statement = make_statement(subject_name, subject_sha256, PREDICATE_TYPE, predicate)
-    faults = _statement_faults(statement)
+    faults = statement_faults(statement)
     if faults:
         raise MalformedError(f"replication record: {'; '.join(faults)}")
     bundle[STATEMENT] = sign_envelope(statement, key)
@@ -75,7 +75,7 @@ def build_replication(
     return bundle
 
 
-def _statement_faults(statement: dict[str, Any]) -> list[str]:
+def statement_faults(statement: dict[str, Any]) -> list[str]:
     """What in a statement differs from the form of a replication record; the form is small enough to check by hand."""
     faults: list[str] = []
     name, sha = statement["subject"][0]["name"], statement["subject"][0]["digest"]["sha256"]
@@ -149,7 +149,7 @@ def verify_replication(files: Mapping[str, bytes], *, trusted: KeySet, target: s
         code = "strict_json" if str(error).startswith("strict JSON") else "schema"
         return found.with_checks(Check(code=code, status="fail", detail=str(error)))
     found = found.with_checks(Check(code="strict_json", status="pass", detail=f"{STATEMENT} is strict JSON"))
-    faults = _statement_faults(envelope.statement)
+    faults = statement_faults(envelope.statement)
     if faults:
         return found.with_checks(*(Check(code="schema", status="fail", detail=fault) for fault in faults))
     found = found.with_checks(Check(code="schema", status="pass", detail=f"a replication record, {PREDICATE_SCHEMA}"))

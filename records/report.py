@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 Status = Literal["pass", "fail", "skip"]
 State = Literal["trusted", "valid", "invalid", "malformed", "indeterminate"]
-Kind = Literal["pith_record", "pith_bundle", "pith_state", "replication_bundle"]
+Kind = Literal["pith_record", "pith_bundle", "pith_state", "replication_bundle", "inclusion_proof"]
 Source = Literal["pinned", "file", "document", "none"]
 
 SCHEMA: Final = "repro.verify/v1"
@@ -23,6 +23,7 @@ _PROOF: Final[dict[Kind, frozenset[str]]] = {
     "pith_bundle": frozenset({"canonical_hash", "pith_number"}),
     "pith_state": frozenset({"canonical_hash", "pith_number"}),
     "replication_bundle": frozenset({"verdicts"}),
+    "inclusion_proof": frozenset({"evidence_tree"}),
 }
 _SIGNED: Final = frozenset({"receipt_signature", "envelope_signature"})
 

@@ -17,6 +17,7 @@ from command_line import ROOT, repro
 
 from records import canonical, keys
 from records.errors import InvalidError, MalformedError, UsageError
+from records.inclusion import EVIDENCE_TREE, evidence_tree
 from records.package import build_manifest, read_bundle
 from records.replication import PUBLIC_KEY, build_replication
 from records.statement import open_envelope
@@ -50,6 +51,7 @@ def resealed(files: dict[str, bytes], **changes) -> dict[str, bytes]:
     predicate |= {
         "plan_sha256": canonical.sha256_hex(files["plan.json"]),
         "outcome_sha256": canonical.sha256_hex(files["outcome.json"]),
+        EVIDENCE_TREE: evidence_tree(files),
         **changes,
     }
     plain = {k: v for k, v in files.items() if k not in ("manifest.json", "statement.dsse.json", PUBLIC_KEY)}
@@ -82,7 +84,7 @@ def test_an_honest_bundle_is_valid_and_its_own_key_gives_no_trust(bundle):
     assert (found.state, found.exit_code) == ("valid", 0)
     assert checks(bundle, "fail", "skip") == {"fail": set(), "skip": {"key_trust", "pith_number"}}
     passed = checks(bundle, "pass")["pass"]
-    assert {"envelope_signature", "manifest", "plan", "trace", "verdicts"} <= passed
+    assert {"envelope_signature", "manifest", "plan", "evidence_tree", "trace", "verdicts"} <= passed
     assert found.trust.source == "document"
 
 

@@ -269,23 +269,17 @@ def _bundle(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from records.errors import InvalidError, MalformedError
     from records.keys import pinned
     from records.package import read_bundle
     from records.replication import PLAN
     from repro.cli.progress import reporter
     from repro.workflow import audit
-    from repro.workflow.bundle import verify
+    from repro.workflow.bundle import sound
     from repro.workflow.plan import estimate, parse_plan, plan_digest
     from repro.workflow.run import execute_jobs
 
     files = read_bundle(arguments.file)
-    found = verify(files, target=str(arguments.file), trusted=pinned())
-    if found.exit_code:
-        faults = "; ".join(check.detail for check in found.checks if check.status == "fail")
-        raise (MalformedError if found.state == "malformed" else InvalidError)(
-            f"{arguments.file}: {found.state}: {faults}"
-        )
+    sound(files, target=str(arguments.file), trusted=pinned())
     plan = parse_plan(files[PLAN], name=PLAN)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     wanted = audit.draw(plan, arms=arguments.arms, seed=seed)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _LEGEND = """TARGET is one of
   a Pith number (full, or its first 8, 12 or 16 characters), arxiv:ID[vN], doi:10.48550/arxiv.ID
   a JSON file of Pith's (record, bundle, state, graph, key, mirror manifest), or - for standard input
-  a replication bundle (zip or folder)
+  a replication bundle (zip or folder), or a proof of one piece of it (repro prove)
   https://…"""
 _COLOURS = {"trusted": "32", "valid": "32", "invalid": "31", "malformed": "31", "indeterminate": "33",
             "pass": "32", "fail": "31", "skip": "2"}  # fmt: skip
@@ -150,6 +150,10 @@ def _document(
 
     if data.startswith(b"PK\x03\x04"):
         return _bundle(data, target, resolver)
+    if b'"repro.inclusion/' in data:
+        from repro.workflow import prove
+
+        return prove.verify(data, target=target, trusted=resolver.trusted)
     candidate = Candidate(data=data, origin=target, from_network=from_network)
     found = resolver.check(candidate, asked=_asked_by_url(target) if from_network else None, target=target)
     if bundles is not None and found.kind == "pith_bundle":

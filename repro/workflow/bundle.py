@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from records import canonical
-from records.errors import InvalidError, ReproError, UnsupportedError, UsageError
+from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
+from records.inclusion import EVIDENCE_TREE, evidence_tree, tree_check
 from records.keys import KeySet, PrivateKey
 from records.replication import OUTCOME, PAPER, PITH_RECORD, PLAN, build_replication, read_statement, verify_replication
 from records.report import Check, Verification
@@ -66,6 +67,7 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
             for name, data in sorted(files.items())
             if name.startswith(("segments/", "arms/"))
         },
+        EVIDENCE_TREE: evidence_tree(files),
         "finished_at": finished_at,
     }
     return build_replication(
@@ -96,12 +98,29 @@ def verify(files: Mapping[str, bytes], *, target: str, trusted: KeySet) -> Verif
         if isinstance(outcome, dict) and is_other_version(outcome.get("schema"), OUTCOME_SCHEMA):
             check_version(outcome["schema"], OUTCOME_SCHEMA, what=f"{OUTCOME}: expected an outcome of the form")
         predicate = read_statement(files).statement["predicate"]
-        checks = [*_plan_checks(plan, predicate), *_evidence_checks(plan, outcome, predicate, files)]
+        checks = [
+            *_plan_checks(plan, predicate),
+            tree_check(files, predicate),
+            *_evidence_checks(plan, outcome, predicate, files),
+        ]
     except UnsupportedError as error:
         checks = [Check(code="schema", status="fail", detail=str(error))]
     except ReproError as error:
         checks = [Check(code="plan", status="fail", detail=str(error))]
     return found.with_checks(*checks)
+
+
+def sound(files: Mapping[str, bytes], *, target: str, trusted: KeySet) -> Verification:
+    """The verification of a bundle that holds.
+
+    Raises:
+        InvalidError, MalformedError: it does not; the message names every fault.
+    """
+    found = verify(files, target=target, trusted=trusted)
+    if found.exit_code:
+        faults = "; ".join(check.detail for check in found.checks if check.status == "fail")
+        raise (MalformedError if found.state == "malformed" else InvalidError)(f"{target}: {found.state}: {faults}")
+    return found
 
 
 def _plan_checks(plan: Mapping[str, Any], predicate: Mapping[str, Any]) -> list[Check]:
