@@ -20,6 +20,7 @@ from records.package import STATEMENT, check_name
 from records.replication import PLAN, PUBLIC_KEY, statement_faults
 from records.report import Check, Verification
 from records.statement import Envelope, open_envelope, verify_envelope
+from records.versions import check_version
 
 PROOF_SCHEMA: Final = "repro.inclusion/v1"
 ALGORITHM: Final = "rfc6962-sha256"
@@ -158,8 +159,11 @@ def read_proof(data: bytes) -> Proof:
     """The proof in `data`; MalformedError where it has another form."""
     value = canonical.loads(data)
     expected = {"schema", "statement", "key", "plan", "piece", "index", "path"}
-    if not isinstance(value, dict) or value.get("schema") != PROOF_SCHEMA or set(value) != expected:
-        raise MalformedError(f"inclusion proof: expected an object {PROOF_SCHEMA} with {', '.join(sorted(expected))}")
+    if not isinstance(value, dict):
+        raise MalformedError(f"inclusion proof: expected an object, found {type(value).__name__}")
+    check_version(value.get("schema"), PROOF_SCHEMA, what="inclusion proof: expected the form")
+    if set(value) != expected:
+        raise MalformedError(f"inclusion proof: expected exactly the fields {', '.join(sorted(expected))}")
     piece, path, index = value["piece"], value["path"], value["index"]
     if not isinstance(piece, dict) or set(piece) != {"file", "line", "previous", "lines"}:
         raise MalformedError("inclusion proof: expected piece with file, line, previous and lines")
@@ -275,8 +279,3 @@ def _linked(piece: Piece, count: int) -> Check:
         head = line["chain"]
     detail = f"{count} lines, each linked to the one before it"
     return Check(code="trace", status="pass", detail=detail)
-
-
-def is_proof(value: Any) -> bool:
-    """Whether parsed JSON calls itself an inclusion proof, of any version."""
-    return isinstance(value, dict) and str(value.get("schema", "")).startswith("repro.inclusion/")

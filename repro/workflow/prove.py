@@ -30,10 +30,20 @@ def prove(files: Mapping[str, bytes], *, arm: str, seed: int, step: int | None) 
     for segment in job.segments:
         train = segment.config["train"]
         if before < step <= before + train["steps"]:
-            line = -(-(step - before) // train["trace_every"])
-            return make_proof(files, file=f"{segment.folder}/trace.jsonl", line=line)
+            name = f"{segment.folder}/trace.jsonl"
+            return make_proof(files, file=name, line=_line_of(files.get(name, b""), step - before))
         before += train["steps"]
     raise UsageError(f"arm {arm}: expected a step from 1 to {before}, found {step}")
+
+
+def _line_of(trace: bytes, step: int) -> int:
+    """Number of the line that traces `step` of the segment: the first that goes so far; the last, where none does."""
+    lines = trace.splitlines()
+    for number, line in enumerate(lines, start=1):
+        entry = canonical.loads(line)["entry"]
+        if entry.get("type") == "step" and entry["step"] >= step:
+            return number
+    return len(lines)
 
 
 def find(plan: Mapping[str, Any], arm: str, seed: int) -> ArmJob:
@@ -65,7 +75,7 @@ def _place(plan: Mapping[str, Any], piece: Piece) -> Check:
             if piece.file != f"{segment.folder}/trace.jsonl":
                 continue
             start = genesis(plan_digest(plan), segment.digest)
-            steps = [entry["step"] for entry in piece.entries() if type(entry.get("step")) is int]
+            steps = [entry.get("step") for entry in piece.entries() if entry.get("type") == "step"]
             what = f"steps {steps[0]} to {steps[-1]}" if steps else "the end"
             if (
                 piece.previous is None
