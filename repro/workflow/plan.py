@@ -16,7 +16,6 @@ from records.errors import MalformedError, UsageError
 from records.versions import check_version
 from repro.config import decode, encode
 from repro.data import corpus
-from repro.data.batches import check_supply
 from repro.environment import NumericEnvironment, code_state, numeric_environment
 from repro.experiment import (
     SCALES,
@@ -115,6 +114,8 @@ def make_plan(
 
 
 def _check_supply(arms: Sequence[Arm]) -> None:
+    from repro.data.batches import check_supply  # brings torch, which whoever only reads plans has no need of
+
     for arm in arms:
         for segment in arm.segments:
             train = segment.train
