@@ -7,6 +7,9 @@ the calls would cost more than the arithmetic, and `repro.moe.grouped`, with its
 way, and the size of a block, follow from the shapes alone, so equal inputs take equal paths: no result depends on
 timing.
 
+A weight's gradient goes to the memory of its last one, once nobody holds that any more: with fresh memory each step, a
+seventh of the time at 64 experts of width 512 went to page faults.
+
 Saved for the backward: x, the pre-activation and the routing; the activation is computed again. With A = silu(g)⊙u, s
 the weight of an assignment, and dO the gradient of its unweighted output (its token's dy):
 
@@ -14,10 +17,12 @@ the weight of an assignment, and dO the gradient of its unweighted output (its t
     dH·Wuᵀ
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,9 +180,41 @@ def _gradient(a_NI: Tensor, b_NJ: Tensor, block: _Block, out: Sequence[Tensor]) 
 
 def _gradient_like(w_EIJ: Tensor, blocks: list[_Block]) -> Tensor:
     """Memory for a weight's gradient; only experts with no rows, which nothing will write, are set to zero."""
-    out_EIJ = torch.empty_like(w_EIJ)
+    out_EIJ = _gradient_memory(w_EIJ)
     busy = {expert for block in blocks for expert in block.experts}
     for expert in range(len(w_EIJ)):
         if expert not in busy:
             out_EIJ[expert].zero_()
     return out_EIJ
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Bytes for gradients of one weight; `lease` is dead once the last tensor that lay in them is."""
+
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+    lease: weakref.ref[np.ndarray[Any, np.dtype[np.uint8]]]
+
+
+_memories: dict[int, _Memory] = {}  # by id of the weight, as long as the weight lives
+
+
+def _gradient_memory(w: Tensor) -> Tensor:
+    """A tensor like the weight `w`, in the memory of `w`'s last gradient if no tensor uses that any more.
+
+    A tensor made from an array holds that very array until its storage is freed, so each gradient gets a view of its own,
+    and whether the view still lives says whether the gradient does.
+    """
+    if not w.is_leaf:
+        return torch.empty_like(w)  # a copy that autocast made: it has no next step
+    kept = _memories.get(id(w))
+    size = w.numel() * w.element_size()
+    if kept is None:
+        weakref.finalize(w, _memories.pop, id(w), None)
+    if kept is None or kept.data.size != size or kept.lease() is not None:
+        data = torch.empty(size, dtype=torch.uint8).numpy()
+    else:
+        data = kept.data
+    lease = data.view()
+    _memories[id(w)] = _Memory(data, weakref.ref(lease))
+    return torch.from_numpy(lease).view(w.dtype).view(w.shape)
