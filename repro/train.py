@@ -233,11 +233,12 @@ def train_segment(
             TraceWriter(folder / "trace.jsonl", genesis, keep=lines) as trace,
             (folder / "timing.jsonl").open(timing_mode) as timing,
         ):
-            reached = _steps(
+            reached, layer = _steps(
                 segment, model, optimizer, batches, mechanism, seed, start, trace, timing, checkpoint, genesis, progress
             )
             outcome = "end" if reached == config.steps else "diverged"
-            trace.append({"type": outcome, "steps": reached, "weights": weights_digest(model)})
+            where = {"layer": layer} if layer else {}
+            trace.append({"type": outcome, "steps": reached, **where, "weights": weights_digest(model)})
             trace.sync()
         _save(folder / "final.safetensors", model, optimizer, step=reached, lines=trace.count, genesis=genesis)
         checkpoint.unlink(missing_ok=True)
@@ -349,8 +350,11 @@ def _steps(
     checkpoint: Path,
     genesis: str,
     progress: Progress | None,
-) -> int:
-    """Steps from `start` to the end, or to where a loss or norm is no longer finite; returns the steps done."""
+) -> tuple[int, str | None]:
+    """Steps from `start` to the end, or to where a loss or norm is no longer finite.
+
+    Returns the steps done, and the layer whose router saw it first where one did.
+    """
     config = segment.train
     device = next(model.parameters()).device
     tokens_a_step = config.batch * config.context
@@ -367,8 +371,8 @@ def _steps(
         look = partial(_probe, model, mechanism, step, probes) if probe_due(config, step) else None
         try:
             loss, norm = training_step(model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed, look)
-        except NonFiniteError:
-            return step
+        except NonFiniteError as error:
+            return step, error.layer
         losses.append(loss)
         for probe in probes:
             trace.append(probe)
@@ -380,7 +384,7 @@ def _steps(
         mean, grad_norm = (float(value) for value in (torch.stack(losses).double().mean(), norm))
         losses.clear()
         if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-            return done - 1
+            return done - 1, None
         entry: dict[str, Any] = {
             "type": "step",
             "step": done,
@@ -400,7 +404,7 @@ def _steps(
             _save(checkpoint, model, optimizer, step=done, lines=trace.count, genesis=genesis)
         if progress:
             progress(done, done * tokens_a_step)
-    return config.steps
+    return config.steps, None
 
 
 def probe_due(config: TrainConfig, step: int) -> bool:

@@ -231,6 +231,17 @@ def test_a_probe_that_is_not_finite_ends_the_segment(tmp_path):
     assert [entry["type"] for entry in trace(tmp_path)] == ["diverged"]
 
 
+class _Poison(Mechanism):
+    def gradients(self, model):
+        model.blocks[-1].ffn.router_ED.data.fill_(float("nan"))
+
+
+def test_the_layer_that_saw_the_divergence_is_named(tmp_path):
+    train(tmp_path, mechanism=_Poison())
+    entries = trace(tmp_path)
+    assert [(entry["type"], entry["steps"], entry["layer"]) for entry in entries] == [("diverged", 1, "blocks.0.ffn")]
+
+
 class _Explode(Mechanism):
     def loss(self, output):
         return output.logits_BSV.sum() * float("inf")

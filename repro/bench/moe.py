@@ -86,9 +86,7 @@ CUDA_SHAPES = tuple(
         (8192, 256, 128, 32, 4),
         (8192, 768, 384, 128, 8),
     )
-) + tuple(
-    Shape(tokens=32_768, d_model=2048, d_expert=768, num_experts=128, top_k=8, load=load) for load in _UNEVEN
-)
+) + tuple(Shape(tokens=32_768, d_model=2048, d_expert=768, num_experts=128, top_k=8, load=load) for load in _UNEVEN)
 
 
 def measure(

@@ -23,7 +23,11 @@ def test_every_contestant_is_measured_against_the_dense_floor(load: bench.Load) 
 
     assert json.loads(json.dumps(report)) == report
     (result,) = report["shapes"]
-    theirs = {"transformers", "transformers-eager"} if importlib.util.find_spec("transformers") and load != "mixed" else set()
+    theirs = (
+        {"transformers", "transformers-eager"}
+        if importlib.util.find_spec("transformers") and load != "mixed"
+        else set()
+    )
     assert set(result["ratio_to_dense"]) == theirs | {"dense", "layer", "gemms", "cpu", "grouped", "torch", "reference"}
     assert result["ratio_to_dense"]["dense"] == {"median": 1, "low": 1, "high": 1}
     assert result["goal"] == {"layer_ratio": 1e9, "met": True}
