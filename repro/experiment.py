@@ -35,8 +35,9 @@ class Quantity:
     `metric` of `arm` (an arm or a group), or the least of its `least_of`; a constant `value`; or a `fit` through `metric`
     of several `arms`, each at its `x` above 0, rising: `slope` is the least-squares slope of log2 metric against log2 x,
     `vertex` the log2 x at which a parabola in log2 x has its minimum, fitted to the lowest point and `reach` neighbours
-    on each side. A diverged arm of a `vertex` counts as infinitely high. No fit is made where a slope's metric is not
-    above 0, or the lowest point has no finite neighbour on a side.
+    on each side, `optimum` the log2 x within the range of x at which a parabola through all points is lowest (an end of
+    the range, where it has no minimum between). A diverged arm of a `vertex` counts as infinitely high. No fit is made
+    where a slope's metric is not above 0, or a vertex's lowest point has no finite neighbour on a side.
     """
 
     arm: str = ""
@@ -44,7 +45,7 @@ class Quantity:
     least_of: tuple[str, ...] = ()
     times: float = 1.0
     value: float | None = None
-    fit: Literal["slope", "vertex"] | None = None
+    fit: Literal["slope", "vertex", "optimum"] | None = None
     arms: tuple[str, ...] = ()
     x: tuple[float, ...] = ()
     reach: int = 1

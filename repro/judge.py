@@ -13,7 +13,19 @@ from typing import Any
 
 from repro.config import decimal_string, decode
 from repro.experiment import Claim, Group, Quantity, Test
-from repro.stats import FitError, GapClosure, Interval, Paired, bootstrap, gap_closure, nearer, paired, slope, vertex
+from repro.stats import (
+    FitError,
+    GapClosure,
+    Interval,
+    Paired,
+    bootstrap,
+    gap_closure,
+    nearer,
+    optimum,
+    paired,
+    slope,
+    vertex,
+)
 
 OUTCOME_SCHEMA = "repro.outcome/v1"
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, NOT_TESTED = "replicated", "not_replicated", "inconclusive", "not_tested"
@@ -147,6 +159,8 @@ class _Bench:
         try:
             if quantity.fit == "vertex":
                 return vertex(quantity.x, y, reach=quantity.reach)
+            if quantity.fit == "optimum":
+                return optimum(quantity.x, y)
             return slope(quantity.x, y)
         except FitError as error:
             raise _LacksEvidenceError(f"{quantity}, seed {seed}: {error}") from error

@@ -3,7 +3,7 @@
 - `paired`: the difference of two arms over the same seeds, with its t-test, interval and effect size
 - `gap_closure`: how much of a gap a method closes, with a bootstrap interval over seeds
 - `bootstrap`, `nearer`: the interval of a mean, and of how much nearer to 0 one mean is than another
-- `slope`, `vertex`: fits against log2 x
+- `slope`, `vertex`, `optimum`: fits against log2 x
 """
 
 import itertools
@@ -187,19 +187,41 @@ def vertex(x: Sequence[float], y: Sequence[float], *, reach: int = 1) -> float:
         raise FitError(f"the lowest value is at x = {x[lowest]:g}, with no finite one {side} it")
     centre = math.log2(x[lowest])
     u = [math.log2(value) - centre for value in x[first : last + 1]]
-    # Normal equations of c0 + c1·u + c2·u²; the vertex, −c1 / (2·c2), needs c1 and c2 only, so Cramer's rule on the
-    # centred columns u and u².
-    v, square = y[first : last + 1], [value**2 for value in u]
-    u, v, square = _centred(u), _centred(v), _centred(square)
-    uu, us, ss = _dot(u, u), _dot(u, square), _dot(square, square)
-    uv, sv = _dot(u, v), _dot(square, v)
-    linear, quadratic = uv * ss - sv * us, sv * uu - uv * us  # c1 and c2, times the same positive determinant
+    linear, quadratic = _parabola(u, y[first : last + 1])
     if quadratic <= 0:
         raise FitError(f"the parabola around x = {x[lowest]:g} has no minimum")
     found = centre - linear / (2 * quadratic)
     if not math.log2(x[first]) <= found <= math.log2(x[last]):
         raise FitError(f"the parabola around x = {x[lowest]:g} has its minimum beyond its points")
     return found
+
+
+def optimum(x: Sequence[float], y: Sequence[float]) -> float:
+    """log2 x, between the first and the last, where the least-squares parabola through all points is lowest.
+
+    Where the parabola falls or rises over the whole range, that is its end: the true optimum lies there or beyond.
+
+    Args:
+        x: above 0 and rising.
+    """
+    first, last = math.log2(x[0]), math.log2(x[-1])
+    centre = (first + last) / 2
+    linear, quadratic = _parabola([math.log2(value) - centre for value in x], y)
+    places = [first, last]
+    if quadratic > 0 and first < (place := centre - linear / (2 * quadratic)) < last:
+        places.append(place)
+    return min(places, key=lambda at: linear * (at - centre) + quadratic * (at - centre) ** 2)
+
+
+def _parabola(u: Sequence[float], v: Sequence[float]) -> tuple[float, float]:
+    """c1 and c2 of the least-squares parabola c0 + c1·u + c2·u² through at least three points."""
+    # Normal equations by Cramer's rule on the centred columns u and u².
+    square = _centred([value**2 for value in u])
+    u, v = _centred(u), _centred(v)
+    uu, us, ss = _dot(u, u), _dot(u, square), _dot(square, square)
+    uv, sv = _dot(u, v), _dot(square, v)
+    determinant = uu * ss - us**2
+    return (uv * ss - sv * us) / determinant, (sv * uu - uv * us) / determinant
 
 
 def _centred(values: Sequence[float]) -> list[float]:

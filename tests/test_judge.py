@@ -325,6 +325,19 @@ def test_the_interval_of_a_vertex_and_its_drift():
     assert claim(passes=(moved,)).arms == set(LADDER)
 
 
+def test_the_optimum_over_all_arms_may_lie_at_an_end_of_the_range():
+    some = evidence(a=(1.0, 1.0, 1.0), b=(2.0, 2.0, 2.0), c=(4.0, 4.1, 4.2), d=(7.0, 7.0, 7.1))
+    left = fit("optimum", LADDER, (0.125, 0.25, 0.5, 1))
+    found = one_test(Test(left=left, right=Quantity(value=-3.0), relation="covers"), some)
+    assert (found["effect"], found["result"]) == ("0.0", "holds")
+    assert found["test"] == "95% interval of optimum(loss over a … d) covers -3"
+    assert (
+        one_test(Test(left=left, right=Quantity(value=-2.5), relation="misses", margin=0.3), some)["result"] == "holds"
+    )
+    with pytest.raises(ValueError, match="at least 3"):
+        fit("optimum", LADDER[:2], (1, 2))
+
+
 def test_a_diverged_cell_is_infinitely_high_for_a_vertex_and_no_number_for_a_slope():
     some = evidence(a=(2.0, 2.1, 2.0), b=(1.0, 1.0, 1.0), c=(2.0, 2.0, 2.1), d=(9.0, 9.0, 9.0))
     some["d", 1] = ArmEvidence(status="diverged", weights="", metrics={})

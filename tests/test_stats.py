@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from repro.stats import FitError, bootstrap, gap_closure, nearer, paired, slope, vertex
+from repro.stats import FitError, bootstrap, gap_closure, nearer, optimum, paired, slope, vertex
 
 number = st.integers(-10_000, 10_000).map(lambda n: n / 100)  # of one size: scipy overflows on a mean of 1e-308
 values = st.lists(number, min_size=3, max_size=8)
@@ -134,3 +135,27 @@ def test_a_wide_parabola_averages_noise():
 def test_a_flat_or_lopsided_parabola_is_no_answer():
     with pytest.raises(FitError, match="has no minimum"):
         vertex([1, 2, 4, 8, 16], [0.0, 1.0, -0.01, 1.0, 0.0], reach=2)
+
+
+@pytest.mark.parametrize("place", [0.3, 1.0, 2.9])
+def test_the_optimum_of_a_parabola_is_found_exactly(place):
+    x = [0.125, 0.2, 0.3, 0.45, 0.65]
+    middle = math.log2(x[0]) + place / 3 * math.log2(x[-1] / x[0])
+    assert optimum(x, [3 * (math.log2(value) - middle) ** 2 + 1.5 for value in x]) == pytest.approx(middle)
+
+
+def test_the_optimum_lies_at_an_end_where_the_parabola_has_none_between():
+    x = [1.0, 2.0, 4.0, 8.0]
+    assert optimum(x, [(math.log2(value) + 1) ** 2 for value in x]) == 0
+    assert optimum(x, [(math.log2(value) - 5) ** 2 for value in x]) == 3
+    assert optimum(x, [-((math.log2(value) - 1) ** 2) for value in x]) == 3  # a hill: the farther, lower end
+    assert optimum(x, [-((math.log2(value) - 2) ** 2) for value in x]) == 0
+
+
+def test_the_optimum_agrees_with_numpy_on_noisy_points():
+    random = np.random.default_rng(3)
+    x = np.array([0.125, 0.2, 0.3, 0.45, 0.65])
+    for _ in range(20):
+        y = (np.log2(x) + 2) ** 2 + random.normal(0, 0.2, len(x))
+        c2, c1, _ = np.polyfit(np.log2(x), y, 2)
+        assert optimum(x.tolist(), y.tolist()) == pytest.approx(np.clip(-c1 / (2 * c2), np.log2(x[0]), np.log2(x[-1])))
