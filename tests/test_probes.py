@@ -165,3 +165,25 @@ def test_a_design_names_its_seeds(monkeypatch):
     monkeypatch.setattr(plans, "paper_module", lambda slug: Later)
     assert make_plan("emoe", scale="smoke")["seeds"] == [7, 8]
     assert make_plan("emoe", scale="smoke", seeds=3)["seeds"] == [7, 8, 9]
+
+
+def test_measured_times_of_the_wall_and_of_the_work(executed):
+    plan, files = executed
+    (job,) = jobs(plan)
+    name = f"{job.segments[0].folder}/timing.jsonl"
+    groups = [
+        {"step": 5, "seconds": 2.0, "cpu_seconds": 1.25},
+        {"step": 10, "seconds": 9.0, "cpu_seconds": 1.0},  # and again, after a kill
+        {"step": 10, "seconds": 1.0, "cpu_seconds": 1.0},
+        *({"step": step, "seconds": 1.0, "cpu_seconds": 1.0} for step in (15, 20, 25)),
+    ]
+    timed = load(plan, files | {name: "\n".join(map(json.dumps, groups)).encode()})
+    metrics = timed.evidence["a", 0].metrics
+    assert (metrics["time/seconds"], metrics["time/work"]) == ("15.0", "6.25")
+    assert [seconds for seconds, _ in timed.timed["a", 0][0]] == [2.0, 12.0, 13.0, 14.0, 15.0]
+    assert [loss for _, loss in timed.timed["a", 0][0]] == [loss for _, loss in timed.losses["a", 0][0]]
+    for group in groups:
+        del group["cpu_seconds"]  # as a GPU's times are, and as they were in the first bundles
+    bare = load(plan, files | {name: "\n".join(map(json.dumps, groups)).encode()})
+    assert bare.evidence["a", 0].metrics["time/work"] == "15.0"
+    assert "time/work" not in load(plan, files).evidence["a", 0].metrics

@@ -94,6 +94,7 @@ def test_the_trace_says_what_was_trained(tmp_path):
     timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert len(timing) == 8
     assert all(item["seconds"] > 0 for item in timing)
+    assert all(item["cpu_seconds"] > 0 for item in timing)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 

@@ -2,8 +2,8 @@
 
 - `load`: files to evidence by (arm, seed), and the faults found; no torch, no clock, nothing trusted
 - a chain starts from the plan's digest and the segment's; an arm's measures from its last segment's chain
-- metrics that follow from what is there are added: `time/seconds`, the measured training time of all the arm's segments
-  (bound by the manifest, outside the chains, never the same twice), and `recovery/steps`, for arms of several segments
+- metrics that follow from what is there are added: `time/seconds` and `time/work`, the measured training time of all the
+  arm's segments (bound by the manifest, outside the chains, never the same twice), and `recovery/steps`, for arms of several
 """
 
 import itertools
@@ -231,9 +231,9 @@ def _over_time(
     curve, seconds = [], 0.0
     for segment in job.segments:
         reached: dict[int, float] = {}
-        for step, taken in _timing(segment, files):
-            seconds += taken
-            reached[step] = seconds
+        for group in _timing(segment, files):
+            seconds += group.seconds
+            reached[group.step] = seconds
         curve.append([(reached[step], loss) for step, loss in losses[segment.digest] if step in reached])
     return curve
 
@@ -264,19 +264,41 @@ def _seconds(job: ArmJob, files: Mapping[str, bytes]) -> dict[str, str]:
     """Measured training time of the arm's segments, as if it had been trained alone."""
     if any(f"{segment.folder}/timing.jsonl" not in files for segment in job.segments):
         return {}
-    seconds = sum(math.fsum(taken for _, taken in _timing(segment, files)) for segment in job.segments)
-    return {"time/seconds": decimal_string(round(seconds, 3))}
+    times = dict.fromkeys(("seconds", "work"), 0.0)
+    for segment in job.segments:
+        groups = _timing(segment, files)
+        times["seconds"] += math.fsum(group.seconds for group in groups)
+        times["work"] += math.fsum(group.work for group in groups)
+    return {f"time/{name}": decimal_string(round(seconds, 3)) for name, seconds in times.items()}
 
 
-def _timing(segment: SegmentJob, files: Mapping[str, bytes]) -> list[tuple[int, float]]:
-    """(Step, seconds that the group of steps up to it took) of a segment's file of times, if it has one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Measured times of the steps up to `step` since the group before: by the wall clock, and of the device at work."""
+
+    step: int
+    seconds: float
+    work: float
+
+
+def _timing(segment: SegmentJob, files: Mapping[str, bytes]) -> list[_Group]:
+    """A segment's measured times, if it has any."""
     data = files.get(f"{segment.folder}/timing.jsonl", b"")
     try:
         items = [json.loads(line) for line in data.splitlines()]
-        found = [(int(item["step"]), float(item["seconds"])) for item in items]
-        if not 0 <= math.fsum(seconds for _, seconds in found) < math.inf:
+        found = [
+            _Group(
+                step=int(item["step"]),
+                seconds=float(item["seconds"]),
+                work=float(item.get("cpu_seconds", item["seconds"])),
+            )
+            for item in items
+        ]
+        if not all(
+            0 <= math.fsum(times) < math.inf for times in zip(*((g.seconds, g.work) for g in found), strict=True)
+        ):
             raise ValueError
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MalformedError(
             f"{segment.folder}/timing.jsonl: expected a line of step and seconds a step group"
         ) from error
