@@ -62,6 +62,14 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """An hour of fuzzing over every parser of foreign bytes; `-- --seconds 60 --targets zip` for less."""
+    _install(session)
+    _run(session, "python", "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", "atheris")
+    _run(session, "python", "tests/fuzz/fuzz.py", *session.posargs)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Speed ratios, measured side by side."""
     _install(session)

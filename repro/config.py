@@ -79,9 +79,12 @@ def _decode_value(hint: Any, value: Any, *, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, str):
         try:
-            return float(Decimal(value))
+            number = float(Decimal(value))
         except ArithmeticError:
-            raise MalformedError(f"{where}: expected a decimal string, found {value!r}") from None
+            number = math.nan
+        if not math.isfinite(number):  # Decimal reads NaN and 1e999 too, and no number of ours is such
+            raise MalformedError(f"{where}: expected a decimal string, found {value[:60]!a}")
+        return number
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return dict(value)
     if hint is Any or (isinstance(hint, type) and type(value) is hint) or (origin is not None and value in args):
