@@ -292,9 +292,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of a config, its weights as `init_weights(0)` draws them."""
+    """The model of a config, its weights as `init_weights(seed)` draws them, or of any value where `seed` is None."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         # Where a grown pool's experts come from, by layer (`repro.moe.growth.grow`): of no weight's value, and not hashed.
@@ -309,7 +309,8 @@ class Transformer(nn.Module):
         # Held as pairs of reals: `model.to(dtype)` would throw the imaginary part away.
         self.turn_SC2: Tensor
         self.register_buffer("turn_SC2", torch.view_as_real(turn_SC), persistent=False)
-        self.init_weights(0)
+        if seed is not None:
+            self.init_weights(seed)
 
     def forward(
         self, tokens_BS: Tensor, rule: RoutingRule | None = None, cache: KeyValueCache | None = None

@@ -33,6 +33,8 @@ from repro.data.batches import Batches, prefetch
 from repro.model import ModelConfig, ModelOutput, Transformer
 from repro.moe import MoE, NonFiniteError, RoutingRule, balance_loss
 from repro.moe.growth import Growth, grow, grow_state, utility
+from repro.pretrained import expect
+from repro.pretrained import load as load_pretrained
 from repro.seeds import derive
 from repro.trace import TraceWriter, check_chain
 
@@ -106,7 +108,8 @@ class Segment:
 
     `inherit` says what comes from the segment before: `nothing`, `weights`, or `all` (weights and optimizer state).
     `growth`, if given, makes this segment's larger expert pool out of the inherited one. `freeze` names weights by the
-    last part of their name (`router_ED`), which then keep what they start with.
+    last part of their name (`router_ED`), which then keep what they start with. `checkpoint` is the digest of a public
+    checkpoint (`repro.pretrained`) whose weights the segment starts from; its folder is told to the run, not to the plan.
     """
 
     model: ModelConfig
@@ -116,8 +119,13 @@ class Segment:
     inherit: Literal["nothing", "weights", "all"] = "nothing"
     growth: Growth | None = None
     freeze: tuple[str, ...] = ()
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.inherit != "nothing":
+            raise ValueError(
+                "checkpoint: a segment starts from a checkpoint or from the segment before it, not from both"
+            )
         if self.growth and self.inherit == "nothing":
             raise ValueError("growth: nothing to grow; inherit weights, or all")
         if self.train.bias_rate and not self.model.selection_bias:
@@ -201,10 +209,12 @@ def train_segment(
     genesis: str,
     device: str = "cpu",
     parent: Parent | None = None,
+    checkpoint_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """Trains `segment` in `folder`, from its last checkpoint if there is one, and returns the trained model.
 
+    `checkpoint_folder` is where the segment's `checkpoint` lies, if it starts from one.
     Writes trace.jsonl, timing.jsonl and final.safetensors. A loss or gradient norm that is not finite ends the segment
     as diverged: the trace's last entry says so, and nothing is measured on it.
 
@@ -213,8 +223,7 @@ def train_segment(
         UsageError: the folder cannot be written.
     """
     config = segment.train
-    model = Transformer(segment.model).to(device)
-    model.init_weights(seed)
+    model = Transformer(segment.model, None if segment.checkpoint else seed).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] not in segment.freeze)
     optimizer = make_optimizer(model, config)
@@ -224,6 +233,8 @@ def train_segment(
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
             start, lines, _ = _load(checkpoint, model, optimizer, genesis=genesis)
+        elif segment.checkpoint:
+            load_pretrained(expect(segment.checkpoint, checkpoint_folder), model)
         elif segment.inherit != "nothing":
             if parent is None:
                 raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")

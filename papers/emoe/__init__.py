@@ -29,6 +29,7 @@ from repro.experiment import Arm, Curve, Design, Figure, Group
 from repro.model import ModelConfig, ModelOutput, Transformer
 from repro.moe import RouterOutput, RoutingRule, TopK
 from repro.moe.routing import stable_top_k
+from repro.pretrained import Pretrained
 from repro.seeds import derive
 from repro.train import Mechanism, Segment, TrainConfig
 
@@ -103,6 +104,7 @@ class Setting:
     learning_rates: tuple[float, ...]
     k_ideal: int
     eval_tokens: int
+    checkpoint: str | None = None
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -158,15 +160,15 @@ def mechanism(config: Mapping[str, Any]) -> Mechanism:
     )
 
 
-def design(scale: str) -> Design:
-    """Arms, groups and figure at `scale`.
+def design(scale: str, checkpoint: Pretrained | None = None) -> Design:
+    """Arms, groups and figure at `scale`; with a `checkpoint` its model is trained further in every arm.
 
     Raises:
         UsageError: a scale that is not set up for this paper.
     """
     if scale not in SETTINGS:
         raise UsageError(f"emoe at scale {scale!r} is not set up yet: expected one of {', '.join(SETTINGS)}")
-    setting = SETTINGS[scale]
+    setting = SETTINGS[scale] if checkpoint is None else _post_training(SETTINGS[scale], checkpoint)
     arms: list[Arm] = []
     groups: list[Group] = []
     for gate in ("", "-raw"):
@@ -194,6 +196,12 @@ def design(scale: str) -> Design:
     return Design(seeds=setting.seeds, arms=tuple(arms), groups=tuple(groups), figures=(figure,))
 
 
+def _post_training(setting: Setting, checkpoint: Pretrained) -> Setting:
+    """The setting with the checkpoint's model in the place of its own, sampled from up to four times its experts a token."""
+    model = replace(checkpoint.model, context=setting.train.context)
+    return replace(setting, model=model, k_ideal=min(4 * model.top_k, model.num_experts), checkpoint=checkpoint.digest)
+
+
 def _arm(
     setting: Setting, kind: str, gate: str, *, lr: float, lambda_hr: float = 0.0, k_ideal: int | None = None
 ) -> Arm:
@@ -208,7 +216,13 @@ def _arm(
             "lambda_hr": lambda_hr,
         }
         parts += [f"l{lambda_hr:g}"] if kind == "emoe" else []
-    segment = Segment(model=model, train=replace(setting.train, lr=lr), corpus=setting.corpus, mechanism=data)
+    segment = Segment(
+        model=model,
+        train=replace(setting.train, lr=lr),
+        corpus=setting.corpus,
+        mechanism=data,
+        checkpoint=setting.checkpoint,
+    )
     return Arm(
         id="-".join(parts),
         label=f"{kind}, learning rate {lr:g}"

@@ -62,6 +62,9 @@ def add_parser(commands: Subparsers) -> None:
         "--seed", type=int, metavar="S", help="of the draw (default: from the system's random numbers)"
     )
     command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N")
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="the public checkpoint that the plan starts from"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(func=_audit)
 
@@ -80,6 +83,12 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
         "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+    )
+    command.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder of a public checkpoint (OLMoE, Qwen3-MoE) to train further",
     )
 
 
@@ -137,7 +146,7 @@ def _claims(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+def _make_plan(arguments: argparse.Namespace, *, dry: bool = False) -> dict[str, Any]:
     from repro.experiment import load_claims, select_claims
     from repro.workflow.plan import make_plan
 
@@ -149,20 +158,22 @@ def _make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         seeds=arguments.seeds,
         claims=arguments.claims,
         device=arguments.device,
+        checkpoint=arguments.checkpoint,
+        dry=dry,
     )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from records import canonical
-    from repro.workflow.plan import estimate, plan_digest, reuse
+    from repro.workflow.plan import at_hand, estimate, plan_digest, reuse
 
-    plan = _make_plan(arguments)
+    plan = _make_plan(arguments, dry=not arguments.json)
     if arguments.json:
         sys.stdout.buffer.write(canonical.dumps(plan) + b"\n")
         return 0
     cost = estimate(plan, workers=arguments.workers)
     print(f"{plan['paper']['title']} (arXiv {plan['paper']['arxiv']})")
-    print(f"plan      {plan_digest(plan)}")
+    print(f"plan      {plan_digest(plan) if at_hand(plan) else 'none yet: its text or checkpoint is not at hand'}")
     print(f"scale     {plan['scale']}, seeds {', '.join(map(str, plan['seeds']))}, {len(plan['arms'])} arms")
     for name, digest in plan["corpora"].items():
         print(f"corpus    {name} {digest}")
@@ -202,7 +213,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"warning: {warning}", file=sys.stderr)
         try:
             with reporter() as progress:
-                execute(plan, folder, workers=arguments.workers, reporter=progress)
+                execute(plan, folder, workers=arguments.workers, reporter=progress, checkpoint=arguments.checkpoint)
         except KeyboardInterrupt:
             print(f"repro: stopped; go on with the same command and --resume (kept in {folder})", file=sys.stderr)
             return 130
@@ -283,13 +294,20 @@ def _audit(arguments: argparse.Namespace) -> int:
     plan = parse_plan(files[PLAN], name=PLAN)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     wanted = audit.draw(plan, arms=arguments.arms, seed=seed)
-    differing = audit.mismatches(plan, wanted)
+    differing = audit.mismatches(plan, wanted, arguments.checkpoint)
     cost = estimate(plan, workers=arguments.workers, wanted=wanted)
     drawn = ", ".join(f"{job.arm} seed {job.seed}" for job in wanted)
     print(f"verified; draw {seed}: {drawn}; about {_duration(cost.seconds)}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="repro-audit-") as folder:
         with reporter() as progress:
-            execute_jobs(plan, Path(folder), wanted, workers=arguments.workers, reporter=progress)
+            execute_jobs(
+                plan,
+                Path(folder),
+                wanted,
+                workers=arguments.workers,
+                reporter=progress,
+                checkpoint=arguments.checkpoint,
+            )
         audited = audit.compare(plan, wanted, files, Path(folder), exact=not differing)
     if arguments.json:
         outcome = audit.result(audited, differing=differing, seed=seed, plan_sha256=plan_digest(plan))

@@ -33,7 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Training and held-out bytes, disjoint by document.
+    """Training and held-out tokens, disjoint by document; bytes, unless `data:` brings a tokenizer.
 
     `digest` is the SHA-256 over the sorted digests of both parts' documents: equal digests mean equal data. `entropy` is
     the source's entropy rate in nats/byte where it is known (`synthetic`), a floor that no model can beat.
@@ -45,6 +45,11 @@ class Corpus:
     held_out: Bytes
     documents: int
     entropy: float | None = None
+    vocab_size: int = 256
+
+
+class NotPreparedError(UsageError):
+    """A corpus that `repro data prepare` has not made on this machine."""
 
 
 @lru_cache(maxsize=4)

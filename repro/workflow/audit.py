@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from records.errors import IndeterminateError
+from records.errors import IndeterminateError, ReproError
 from repro.config import encode
 from repro.data import corpus
 from repro.environment import code_state, numeric_environment
+from repro.pretrained import expect
 from repro.workflow.evidence import read_directory
 from repro.workflow.plan import ArmJob, jobs
 
@@ -44,12 +45,17 @@ def draw(plan: Mapping[str, Any], *, arms: int, seed: int) -> list[ArmJob]:
     return [left.pop(int(generator.random() * len(left))) for _ in range(min(arms, len(left)))]
 
 
-def mismatches(plan: Mapping[str, Any], wanted: Sequence[ArmJob]) -> list[str]:
+def mismatches(plan: Mapping[str, Any], wanted: Sequence[ArmJob], checkpoint: Path | None = None) -> list[str]:
     """What differs here from the plan, so that bitwise equality cannot be asked for: environment and code.
 
     Raises:
-        IndeterminateError: a corpus that is not the plan's: nothing can be compared.
+        IndeterminateError: a corpus or public checkpoint that is not the plan's: nothing can be compared.
     """
+    for digest in sorted({segment.config.get("checkpoint") or "" for job in wanted for segment in job.segments} - {""}):
+        try:
+            expect(digest, checkpoint)
+        except ReproError as error:
+            raise IndeterminateError(str(error)) from error
     for name in sorted({segment.config["corpus"] for job in wanted for segment in job.segments}):
         found = corpus.load(name).digest
         if found != plan["corpora"][name]:

@@ -6,9 +6,11 @@
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from records import canonical
@@ -46,7 +48,11 @@ class PaperModule(Protocol):
     """What a paper's package offers beside its claims.toml."""
 
     def design(self, scale: str) -> Design:
-        """Arms, groups and figures at `scale`."""
+        """Arms, groups and figures at `scale`.
+
+        A paper that trains public checkpoints further has a second parameter, `checkpoint`: a `repro.pretrained.Pretrained`,
+        or None where none is at hand.
+        """
 
     def mechanism(self, config: Mapping[str, Any]) -> Any:
         """The `repro.train.Mechanism` that a segment's mechanism data describe."""
@@ -62,7 +68,14 @@ def paper_module(slug: str) -> PaperModule:
 
 
 def make_plan(
-    paper: str, *, scale: str, seeds: int | None = None, claims: str | None = None, device: str = "cpu"
+    paper: str,
+    *,
+    scale: str,
+    seeds: int | None = None,
+    claims: str | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    dry: bool = False,
 ) -> dict[str, Any]:
     """The plan, as the contents of plan.json.
 
@@ -73,9 +86,12 @@ def make_plan(
         claims: comma-separated ids or suites, whose arms alone are run; by default all claims but those that are
             left out at this scale unless named, with the arms that only they need.
         device: cpu or cuda.
+        checkpoint: folder of the public checkpoint to start from, where the paper's design does.
+        dry: do with corpora and a checkpoint that are not at hand, with `NOT_AT_HAND` for a digest: enough for the cost.
 
     Raises:
-        UsageError: unknown paper, scale, claim or device, a bad number of seeds, or a missing extra.
+        UsageError: unknown paper, scale, claim or device, a bad number of seeds, a missing extra, or a corpus or
+            checkpoint that is not at hand.
     """
     info = load_claims(paper)
     slug = slug_of(paper)
@@ -85,11 +101,13 @@ def make_plan(
         raise UsageError(f"seeds: expected at least 1, found {seeds}")
     selected = select_claims(info, claims, scale)
     environment = numeric_environment(device)
-    design = paper_module(slug).design(scale)
+    design = _design(paper_module(slug), scale, checkpoint, dry=dry)
     left_out = tuple(claim for claim in info.claim if claim not in selected)
     arms, groups, figures = _needed(design, selected, left_out, named=claims is not None)
-    corpora = sorted({segment.corpus for arm in arms for segment in arm.segments})
-    _check_supply(arms)
+    corpora = _corpora(arms, dry=dry)
+    if all(digest != NOT_AT_HAND for digest in corpora.values()):
+        _check_supply(arms)
+        _check_vocabulary(arms)
     code = code_state()
     plan: dict[str, Any] = encode(
         {
@@ -104,13 +122,63 @@ def make_plan(
             "figures": figures,
             "deviations": info.deviation,
             "warnings": design.warnings,
-            "corpora": {name: corpus.load(name).digest for name in corpora},
+            "corpora": corpora,
             "code": {"sha256": code["sha256"], "version": code["version"]},
             "environment": environment,
             "tolerance": {"loss": LOSS_TOLERANCE},
         }
     )
     return plan
+
+
+NOT_AT_HAND = "not at hand"
+
+
+def _design(module: PaperModule, scale: str, checkpoint: Path | None, *, dry: bool) -> Design:
+    if "checkpoint" not in inspect.signature(module.design).parameters:
+        if checkpoint:
+            raise UsageError("this paper starts from no checkpoint: leave --checkpoint out")
+        return module.design(scale)
+    from repro import pretrained
+
+    found = pretrained.read(checkpoint) if checkpoint else None
+    design: Design = module.design(scale, checkpoint=found)  # type: ignore[call-arg]
+    wanted = {segment.checkpoint for arm in design.arms for segment in arm.segments} - {None}
+    if found and found.digest not in wanted:
+        raise UsageError(f"no arm at scale {scale} starts from a checkpoint: leave --checkpoint out")
+    if NOT_AT_HAND in wanted and not dry:
+        raise UsageError(f"scale {scale} trains a public checkpoint further: say where it lies with --checkpoint DIR")
+    return design
+
+
+def _corpora(arms: Sequence[Arm], *, dry: bool) -> dict[str, str]:
+    """Digest of every corpus by name."""
+    digests = {}
+    for name in sorted({segment.corpus for arm in arms for segment in arm.segments}):
+        try:
+            digests[name] = corpus.load(name).digest
+        except corpus.NotPreparedError:
+            if not dry:
+                raise
+            digests[name] = NOT_AT_HAND
+    return digests
+
+
+def at_hand(plan: Mapping[str, Any]) -> bool:
+    """Whether all that the plan starts from was there when it was made."""
+    checkpoints = [segment.get("checkpoint") for arm in plan["arms"] for segment in arm["segments"]]
+    return NOT_AT_HAND not in (*plan["corpora"].values(), *checkpoints)
+
+
+def _check_vocabulary(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        for segment in arm.segments:
+            text = corpus.load(segment.corpus)
+            if text.vocab_size > segment.model.vocab_size:
+                raise UsageError(
+                    f"arm {arm.id}: expected a corpus of at most {segment.model.vocab_size} different tokens, found "
+                    f"{text.vocab_size} in {segment.corpus}"
+                )
 
 
 def _check_supply(arms: Sequence[Arm]) -> None:

@@ -94,20 +94,30 @@ def start(plan: Mapping[str, Any], folder: Path, *, resume: bool) -> Iterator[No
         yield
 
 
-def execute(plan: Mapping[str, Any], folder: Path, *, workers: int, reporter: Reporter) -> None:
+def execute(
+    plan: Mapping[str, Any], folder: Path, *, workers: int, reporter: Reporter, checkpoint: Path | None = None
+) -> None:
     """Trains and measures all that the plan asks for and `folder` lacks.
+
+    `checkpoint` is the folder of the public checkpoint that the plan names by its digest, if it does.
 
     Raises:
         ReproError: a task failed; the others were stopped, and a run with `resume` goes on from there.
     """
     began = _now()
     _write_run_record(folder, started_at=began, finished_at=None)
-    execute_jobs(plan, folder, jobs(plan), workers=workers, reporter=reporter)
+    execute_jobs(plan, folder, jobs(plan), workers=workers, reporter=reporter, checkpoint=checkpoint)
     _write_run_record(folder, started_at=began, finished_at=_now())
 
 
 def execute_jobs(
-    plan: Mapping[str, Any], folder: Path, wanted: Sequence[ArmJob], *, workers: int, reporter: Reporter
+    plan: Mapping[str, Any],
+    folder: Path,
+    wanted: Sequence[ArmJob],
+    *,
+    workers: int,
+    reporter: Reporter,
+    checkpoint: Path | None = None,
 ) -> None:
     """Trains and measures the `wanted` arms of a plan as far as `folder` lacks them; raises what `execute` does."""
     tasks = _open_tasks(wanted, folder)
@@ -115,7 +125,7 @@ def execute_jobs(
     total = sum(segment.tokens for segment in segments.values())
     left = sum(task.tokens for task in tasks)
     reporter.begin(tokens=total, done=total - left, tasks=len(tasks))
-    _Pool(plan, folder, workers=workers, reporter=reporter).run(tasks)
+    _Pool(plan, folder, workers=workers, reporter=reporter, checkpoint=checkpoint).run(tasks)
 
 
 def finish(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -212,13 +222,16 @@ class _Stop:
 class _Pool:
     """Runs tasks in forked or spawned processes, one pipe each, so that no lock is shared with one that dies."""
 
-    def __init__(self, plan: Mapping[str, Any], folder: Path, *, workers: int, reporter: Reporter) -> None:
+    def __init__(
+        self, plan: Mapping[str, Any], folder: Path, *, workers: int, reporter: Reporter, checkpoint: Path | None
+    ) -> None:
         methods = multiprocessing.get_all_start_methods()
         # The fork server has torch loaded already: a new process costs milliseconds, not the seconds of the import.
         self._context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             self._context.set_forkserver_preload(["repro.workflow.preload"])
         self._plan, self._folder, self._workers, self._reporter = dict(plan), folder, workers, reporter
+        self._checkpoint = checkpoint
         self._running: dict[Connection, tuple[BaseProcess, _Task, float]] = {}
 
     def run(self, tasks: list[_Task]) -> None:
@@ -253,8 +266,9 @@ class _Pool:
         from repro.workflow import worker
 
         ours, theirs = self._context.Pipe(duplex=False)
-        arguments = (self._plan, str(self._folder), task.job.arm, task.job.seed, task.segment and task.segment.digest)
-        process = self._context.Process(target=worker.main, args=(*arguments, theirs), name=task.name, daemon=True)  # type: ignore[attr-defined]
+        segment = task.segment and task.segment.digest
+        arguments = (self._plan, str(self._folder), task.job.arm, task.job.seed, segment, theirs, self._checkpoint)
+        process = self._context.Process(target=worker.main, args=arguments, name=task.name, daemon=True)  # type: ignore[attr-defined]
         process.start()
         theirs.close()
         self._running[ours] = (process, task, time.monotonic())

@@ -25,8 +25,19 @@ from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_dig
 _PROGRESS_SECONDS = 0.2
 
 
-def main(plan: Mapping[str, Any], folder: str, arm: str, seed: int, segment: str | None, pipe: Connection) -> None:
-    """Entry of the process: `segment` is the digest of the one to train, None to measure the arm."""
+def main(
+    plan: Mapping[str, Any],
+    folder: str,
+    arm: str,
+    seed: int,
+    segment: str | None,
+    pipe: Connection,
+    checkpoint: Path | None = None,
+) -> None:
+    """Entry of the process: `segment` is the digest of the one to train, None to measure the arm.
+
+    `checkpoint` is the folder of the public checkpoint that a first segment may start from.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this process
     try:
         set_deterministic()
@@ -34,7 +45,7 @@ def main(plan: Mapping[str, Any], folder: str, arm: str, seed: int, segment: str
         if segment is None:
             _measure(plan, Path(folder), job)
         else:
-            _train(plan, Path(folder), job, segment, pipe)
+            _train(plan, Path(folder), job, segment, pipe, checkpoint)
         pipe.send(("done",))
     except ReproError as error:
         pipe.send(("error", type(error), str(error)))
@@ -72,7 +83,9 @@ def _corpus(plan: Mapping[str, Any], name: str) -> corpus.Corpus:
     return text
 
 
-def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection) -> None:
+def _train(
+    plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection, checkpoint: Path | None
+) -> None:
     work = next(item for item in job.segments if item.digest == digest)
     segment = decode(Segment, work.config)
     text = _corpus(plan, segment.corpus)
@@ -103,6 +116,7 @@ def _train(plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe
             genesis=genesis(plan_digest(plan), work.digest),
             device=_torch_device(plan),
             parent=_parent(plan, folder, parent) if parent else None,
+            checkpoint_folder=checkpoint,
             progress=progress,
         )
 
