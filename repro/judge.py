@@ -72,6 +72,23 @@ def judge(plan: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def seed_values(
+    quantity: Quantity, *, seeds: Sequence[int], evidence: Evidence, chosen: Mapping[str, str]
+) -> list[float | None]:
+    """Value of `quantity` with each seed, as the judge reads it; None where the evidence does not give one.
+
+    `chosen` names the arm that stands for a group: the outcome's `groups`.
+    """
+    bench = _Bench(seeds=seeds, evidence=evidence, chosen=chosen)
+    values: list[float | None] = []
+    for seed in seeds:
+        try:
+            values.append(bench.value(quantity, seed))
+        except _LacksEvidenceError:
+            values.append(None)
+    return values
+
+
 def exit_code(outcome: Mapping[str, Any]) -> int:
     """0 where every judged claim replicated, 1 where one did not, 4 where one is inconclusive or nothing was judged."""
     verdicts = {item["verdict"] for item in outcome["verdicts"]} - {NOT_TESTED}

@@ -1,7 +1,8 @@
 """The HTML report of a run: one file, no external resource, the same bytes for the same input.
 
-- `page.py`: plan, outcome and evidence to HTML
-- `figures.py`: the plan's figures as SVG
+- `page.py`: plan, outcome and evidence to HTML; `page.html` and `base.html` are its templates
+- `claims.py`: what the page shows of one claim
+- `figures.py`: the plan's figures as SVG; `svg.py` makes one fit for a page
 - `table.py`: published outcomes to the README's table
 """
 

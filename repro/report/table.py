@@ -19,7 +19,7 @@ def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping
             if verdict["claim"] not in titles:
                 continue
             effect = ""
-            if test := _deciding(verdict):
+            if test := deciding(verdict):
                 numbers = (test["effect"], *test["interval"])
                 effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(test["test"]))
             lines.append(
@@ -29,7 +29,7 @@ def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping
     return "\n".join(lines)
 
 
-def _deciding(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def deciding(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The test that stands for a verdict: the first fail criterion that holds, the first pass criterion that does not,
     or, where all hold, the first of them."""
     tests = [test for test in verdict["tests"] if "effect" in test]
