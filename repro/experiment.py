@@ -282,7 +282,8 @@ class Figure:
     """A figure: every seed, the mean, and its 95% interval.
 
     `metrics` draws the curves' metrics against `x`; `closure` the share of the gap from `base` to `target` that they close,
-    η, likewise (base and target have a metric, and perhaps an arm, for each x value too).
+    η, likewise (base and target have a metric, and perhaps an arm, for each x value too). With `fit`, `metrics` adds to each
+    curve of several arms the parabola in log x and where it is lowest (`optimum`), with their intervals.
     `training` draws the traced loss of the curves' arms against tokens, `time` against measured seconds, `probe` the
     probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
     a segment begins. `load` draws what the probes say of each expert's load, a map for each curve's arm, seed and layer.
@@ -296,8 +297,11 @@ class Figure:
     kind: Literal["metrics", "closure", "training", "time", "probe", "load"] = "metrics"
     base: Curve | None = None
     target: Curve | None = None
+    fit: bool = False
 
     def __post_init__(self) -> None:
+        if self.fit and (self.kind != "metrics" or len(self.x) < 3 or min(self.x) <= 0):
+            raise ValueError(f"figure {self.title!r}: a fit needs metrics over at least 3 x values, all above 0")
         if (self.kind == "closure") != bool(self.base and self.target):
             raise ValueError(f"figure {self.title!r}: `closure` needs a base and a target, and nothing else has them")
         for curve in filter(None, (*self.curves, self.base, self.target)):

@@ -3,7 +3,7 @@
 - `paired`: the difference of two arms over the same seeds, with its t-test, interval and effect size
 - `gap_closure`: how much of a gap a method closes, with a bootstrap interval over seeds
 - `bootstrap`, `nearer`: the interval of a mean, and of how much nearer to 0 one mean is than another
-- `slope`, `vertex`, `optimum`: fits against log2 x
+- `slope`, `vertex`, `optimum`, `parabola`: fits against log2 x
 """
 
 import itertools
@@ -211,6 +211,14 @@ def optimum(x: Sequence[float], y: Sequence[float]) -> float:
     if quadratic > 0 and first < (place := centre - linear / (2 * quadratic)) < last:
         places.append(place)
     return min(places, key=lambda at: linear * (at - centre) + quadratic * (at - centre) ** 2)
+
+
+def parabola(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> list[float]:
+    """Values at the places `at` of the least-squares parabola in log2 x through all points; all x are above 0."""
+    u = [math.log2(value) for value in x]
+    linear, quadratic = _parabola(u, y)
+    level = math.fsum(v - linear * a - quadratic * a**2 for a, v in zip(u, y, strict=True)) / len(u)
+    return [level + linear * math.log2(value) + quadratic * math.log2(value) ** 2 for value in at]
 
 
 def _parabola(u: Sequence[float], v: Sequence[float]) -> tuple[float, float]:

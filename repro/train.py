@@ -110,6 +110,7 @@ class Segment:
     `growth`, if given, makes this segment's larger expert pool out of the inherited one. `freeze` names weights by the
     last part of their name (`router_ED`), which then keep what they start with. `checkpoint` is the digest of a public
     checkpoint (`repro.pretrained`) whose weights the segment starts from; its folder is told to the run, not to the plan.
+    `reseed` is added to the run's seed: a control that differs from another arm in its random draws alone.
     """
 
     model: ModelConfig
@@ -120,6 +121,7 @@ class Segment:
     growth: Growth | None = None
     freeze: tuple[str, ...] = ()
     checkpoint: str | None = None
+    reseed: int = 0
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.inherit != "nothing":

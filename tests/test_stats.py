@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from repro.stats import FitError, bootstrap, gap_closure, nearer, optimum, paired, slope, vertex
+from repro.stats import FitError, bootstrap, gap_closure, nearer, optimum, paired, parabola, slope, vertex
 
 number = st.integers(-10_000, 10_000).map(lambda n: n / 100)  # of one size: scipy overflows on a mean of 1e-308
 values = st.lists(number, min_size=3, max_size=8)
@@ -159,3 +159,5 @@ def test_the_optimum_agrees_with_numpy_on_noisy_points():
         y = (np.log2(x) + 2) ** 2 + random.normal(0, 0.2, len(x))
         c2, c1, _ = np.polyfit(np.log2(x), y, 2)
         assert optimum(x.tolist(), y.tolist()) == pytest.approx(np.clip(-c1 / (2 * c2), np.log2(x[0]), np.log2(x[-1])))
+        expected = np.polyval(np.polyfit(np.log2(x), y, 2), np.log2([0.15, 0.5]))
+        assert parabola(x.tolist(), y.tolist(), [0.15, 0.5]) == pytest.approx(expected.tolist())

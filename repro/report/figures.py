@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 
 from repro.experiment import Curve, Figure
 from repro.judge import Evidence
-from repro.stats import gap_closure
+from repro.stats import bootstrap, gap_closure, optimum, parabola
 from repro.trace import Probe
 
 # Okabe and Ito's palette: told apart with any colour vision; markers tell the curves apart without colour too.
@@ -25,6 +25,7 @@ _MAP_LAYERS = 4  # maps a row: of more layers, as many are drawn, from the first
 
 READING = {
     "metrics": "Thin lines: each seed; marks: mean and its 95% interval over seeds.",
+    "fit": "Thin lines: each seed; marks: mean, 95% interval; dashed: parabola in log x, its 95% band, and its optimum's.",
     "closure": "Thin lines: each seed; marks: the share that the sums over seeds close, and its 95% bootstrap interval.",
     "training": "A line each seed; marks show where a segment begins.",
     "time": "A line each seed; marks show where a segment begins.",
@@ -97,7 +98,10 @@ def _lines(
         )
         if figure.kind == "metrics":
             points = _points(figure, curve, chosen)
-            _metrics(axes, figure.x, [line for seed in seeds if (line := _line(evidence, points, seed))], style)
+            lines = [line for seed in seeds if (line := _line(evidence, points, seed))]
+            _metrics(axes, figure.x, lines, style)
+            if figure.fit and curve.arms and lines:
+                _fit(axes, figure.x, lines, style)
         elif figure.base and figure.target:
             paths = [_points(figure, part, chosen) for part in (figure.base, curve, figure.target)]
             found = [[_line(evidence, points, seed) for points in paths] for seed in seeds]
@@ -106,6 +110,9 @@ def _lines(
             arm = chosen.get(curve.arm, curve.arm)
             _course(axes, [path for seed in seeds if any(path := _along(figure, curve, courses, arm, seed))], style)
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
+    if figure.fit:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     if figure.over_x:
         axes.set_xticks(figure.x)
     axes.grid(alpha=0.25)
@@ -139,6 +146,23 @@ def _metrics(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], s
         x, means, yerr=halves, color=style.colour, marker=style.marker, markersize=5, capsize=3,
         label=f"{style.label} ({len(lines)} seeds)",
     )  # fmt: skip
+
+
+_FIT_POINTS = 60
+
+
+def _fit(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], style: _Style) -> None:
+    """The mean of the seeds' parabolas in log x, dashed; with several seeds its 95% bootstrap band, and that of its optimum."""
+    at = [x[0] * (x[-1] / x[0]) ** (place / (_FIT_POINTS - 1)) for place in range(_FIT_POINTS)]
+    fits = list(zip(*(parabola(x, line, at) for line in lines), strict=True))
+    axes.plot(at, [math.fsum(values) / len(values) for values in fits], "--", color=style.colour, linewidth=1)
+    if len(lines) > 1:
+        bands = [bootstrap(values) for values in fits]
+        axes.fill_between(
+            at, [band.low for band in bands], [band.high for band in bands], color=style.colour, alpha=0.12, linewidth=0
+        )
+        best = bootstrap([optimum(x, line) for line in lines])
+        axes.axvspan(2**best.low, 2**best.high, color=style.colour, alpha=0.12, linewidth=0)
 
 
 def _closure(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[Sequence[float]]], style: _Style) -> None:

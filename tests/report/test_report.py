@@ -43,6 +43,31 @@ def test_a_curve_without_evidence_is_named_and_text_is_escaped():
     assert page.startswith("<svg")
 
 
+def test_a_fit_is_drawn_with_its_band_and_the_interval_of_its_optimum():
+    arms = ("a", "b", "c")
+    sweep = Figure(
+        title="t", x_label="x", y_label="y", x=(1.0, 2.0, 4.0), curves=(Curve(arm="s", arms=arms, metrics=("m",) * 3),),
+        fit=True,
+    )  # fmt: skip
+    values = {"a": (2.0, 2.2), "b": (1.0, 1.1), "c": (2.1, 1.9)}
+    some = {
+        (arm, seed): ArmEvidence(status="complete", weights="", metrics={"m": str(value)})
+        for arm, pair in values.items()
+        for seed, value in enumerate(pair)
+    }
+
+    def drawn(figure, seeds):
+        return draw(figure, some, Courses(), seeds=seeds, chosen={}, labels={})
+
+    with_fit, without = drawn(sweep, [0, 1]), drawn(replace(sweep, fit=False), [0, 1])
+    assert with_fit == drawn(sweep, [0, 1])
+    assert (with_fit.count("FillBetweenPolyCollection"), without.count("FillBetweenPolyCollection")) == (1, 0)
+    assert drawn(sweep, [0]).count("FillBetweenPolyCollection") == 0  # one seed has no band
+    assert drawn(sweep, [0]).count("stroke-dasharray") > drawn(replace(sweep, fit=False), [0]).count("stroke-dasharray")
+    with pytest.raises(ValueError, match="at least 3 x values, all above 0"):
+        replace(sweep, x=(0.0, 1.0, 2.0))
+
+
 def test_training_curves_and_figures_over_arms():
     training = Figure(title="t", x_label="tokens", y_label="loss", curves=(Curve(arm="a"),), kind="training")
     losses = {("a", 0): [[(10, 3.0), (20, 2.5)], [(30, 2.7), (40, 2.2)]]}
