@@ -95,7 +95,7 @@ def test_a_changed_byte_changes_the_digest(tmp_path):
     ("name", "message"),
     [
         ("file:/nonexistent/x", "cannot read /nonexistent/x"),
-        ("wikipedia", "expected stdlib, stdlib:prose, file:PATH or synthetic"),
+        ("wikipedia", "expected stdlib, stdlib:prose, installed, file:PATH, data:NAME or synthetic"),
         ("synthetic:x", "a whole number"),
         ("file:", "unknown corpus"),
     ],

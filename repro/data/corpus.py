@@ -4,9 +4,13 @@
 - `stdlib:prose`: what stands between triple quotes there, English documentation for the most part; a file's is held out
   where `stdlib` holds that file out, so that neither corpus trains on what the other holds out
 - `file:PATH`: a text file (its last twentieth is held out) or a folder of files (every twentieth file is)
+- `installed`: the Python sources of the packages installed beside this interpreter, hundreds of megabytes
+- `data:NAME`: what `repro data prepare` tokenized, memory-mapped; `data:NAME@TOKENS` its first whole documents that hold
+  as many training tokens
 - `synthetic` or `synthetic:SEED`: a seeded Markov source over bytes, the same everywhere, with a known entropy
 
-Tokens are bytes. A document that occurs twice is taken once, so no held-out document has a copy in the training part.
+Tokens are bytes, but for those of `data:`, which may bring a tokenizer. A document that occurs twice is taken once, so no
+held-out document has a copy in the training part.
 """
 
 import hashlib
@@ -28,13 +32,16 @@ _BOUNDARY = b"\0"  # between documents; text does not contain it
 _SYNTHETIC_DOCUMENTS, _SYNTHETIC_LENGTH = 80, 16_384
 _SYNTHETIC_STATES, _SYNTHETIC_BRANCHES = 64, 8
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Ends = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """Training and held-out tokens, disjoint by document; bytes, unless `data:` brings a tokenizer.
 
+    `documents` counts both parts. `bytes_per_token` and `characters_per_token` are those of the held-out part: a loss in
+    nats/token divided by them and by log 2 is bits per byte and bits per character.
     `digest` is the SHA-256 over the sorted digests of both parts' documents: equal digests mean equal data. `entropy` is
     the source's entropy rate in nats/byte where it is known (`synthetic`), a floor that no model can beat.
     """
@@ -46,6 +53,21 @@ class Corpus:
     documents: int
     entropy: float | None = None
     vocab_size: int = 256
+    bytes_per_token: float = 1.0
+    characters: int | None = None
+    ends: Ends | None = None
+    """Number of training tokens up to the end of each document, where that is known (`data:`)."""
+
+    @property
+    def characters_per_token(self) -> float:
+        """Unicode characters of the held-out part by its tokens, where tokens are bytes: those that continue none."""
+        if self.characters is not None:
+            return self.characters / len(self.held_out)
+        return float(np.count_nonzero((self.held_out & 0xC0) != 0x80)) / len(self.held_out)
+
+    def epochs(self, tokens: int) -> float:
+        """How often training on `tokens` tokens goes through the corpus."""
+        return tokens / len(self.train)
 
 
 class NotPreparedError(UsageError):
@@ -58,10 +80,17 @@ def load(name: str) -> Corpus:
 
     Raises:
         UsageError: no such corpus, an unreadable path, or too little text to hold some out.
+        InvalidError: a prepared corpus that changed since.
     """
     kind, _, rest = name.partition(":")
     if name == "stdlib":
         return _by_document(name, _stdlib())
+    if name == "installed":
+        from repro.data.sources import installed
+
+        return _by_document(name, (path.read_bytes() for path in installed()))
+    if kind == "data" and rest:
+        return _prepared(name, *rest.partition("@")[::2])
     if name == "stdlib:prose":
         return _by_document(name, _stdlib(), take=_prose)
     if kind == "file" and rest:
@@ -77,7 +106,34 @@ def load(name: str) -> Corpus:
             raise UsageError(f"corpus {name}: expected synthetic:SEED with a whole number, found {rest!r}")
         # every state has eight equally likely followers, so the entropy rate is log 8 whatever the seed
         return _by_document(name, _synthetic(int(rest or 0)), entropy=math.log(_SYNTHETIC_BRANCHES))
-    raise UsageError(f"unknown corpus {name!r}: expected stdlib, stdlib:prose, file:PATH or synthetic[:SEED]")
+    raise UsageError(
+        f"unknown corpus {name!r}: expected stdlib, stdlib:prose, installed, file:PATH, data:NAME or synthetic[:SEED]"
+    )
+
+
+def _prepared(name: str, folder: str, tokens: str) -> Corpus:
+    from repro.data.prepare import read
+
+    found = read(folder)
+    train, ends, digest = found.tokens["train"], found.ends["train"], found.digest
+    if tokens:
+        if not tokens.isdecimal() or not 0 < int(tokens) <= len(train):
+            raise UsageError(f"corpus {name}: expected 1 to {len(train)} tokens after @, found {tokens!r}")
+        documents = int(np.searchsorted(ends, int(tokens))) + 1
+        train, ends = train[: int(ends[documents - 1])], ends[:documents]
+        digest = hashlib.sha256(f"{digest} {documents}".encode()).hexdigest()
+    held_out = found.record["parts"]["held_out"]
+    return Corpus(
+        name=name,
+        digest=digest,
+        train=train,
+        held_out=found.tokens["held_out"],
+        documents=len(ends) + held_out["documents"],
+        vocab_size=found.tokenizer.vocab_size,
+        bytes_per_token=held_out["bytes"] / held_out["tokens"],
+        characters=held_out["characters"],
+        ends=ends,
+    )
 
 
 def _by_document(
