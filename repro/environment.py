@@ -17,7 +17,8 @@ class NumericEnvironment:
     """Two executions of a segment in equal environments give bitwise equal weights.
 
     `capability` is the instruction set that torch dispatches to on a CPU (AVX2, AVX512, …), the compute capability on a
-    GPU; `blas` tells the linear algebra library. The corpus' digest is in the plan beside this.
+    GPU; `blas` tells the linear algebra library. `layout` tells how a model lies on the processes of a torchrun
+    (`repro.cluster`). The corpus' digest is in the plan beside this.
     """
 
     torch: str
@@ -27,6 +28,7 @@ class NumericEnvironment:
     threads: int
     deterministic: bool
     blas: str
+    layout: str = "one process"
 
 
 def require_torch() -> None:
@@ -57,8 +59,8 @@ def set_deterministic() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def numeric_environment(device: str) -> NumericEnvironment:
-    """Environment in which arms run on `device` (cpu or cuda).
+def numeric_environment(device: str, layout: str = "one process") -> NumericEnvironment:
+    """Environment in which arms run on `device` (cpu or cuda), each model on one process or as `layout` says.
 
     Raises:
         UsageError: torch is missing, or `device` is not there.
@@ -85,6 +87,7 @@ def numeric_environment(device: str) -> NumericEnvironment:
         threads=1,
         deterministic=True,
         blas=blas,
+        layout=layout,
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,9 @@ from repro.pretrained import expect
 from repro.pretrained import load as load_pretrained
 from repro.seeds import derive
 from repro.trace import TraceWriter, check_chain
+
+if TYPE_CHECKING:  # brings torch's distributed parts, half a second that a process of its own has no use for
+    from repro.cluster import Cluster
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, tokens done) of the segment."""
@@ -183,8 +186,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over every parameter and buffer: name, dtype, shape and little-endian bytes, in the order of names."""
+    return _digest(model.state_dict())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -213,16 +220,18 @@ def train_segment(
     parent: Parent | None = None,
     checkpoint_folder: Path | None = None,
     progress: Progress | None = None,
+    cluster: "Cluster | None" = None,
 ) -> Transformer:
     """Trains `segment` in `folder`, from its last checkpoint if there is one, and returns the trained model.
 
     `checkpoint_folder` is where the segment's `checkpoint` lies, if it starts from one.
     Writes trace.jsonl, timing.jsonl and final.safetensors. A loss or gradient norm that is not finite ends the segment
-    as diverged: the trace's last entry says so, and nothing is measured on it.
+    as diverged: the trace's last entry says so, and nothing is measured on it. With a `cluster`, every process of it calls
+    this, and the first one writes; the model returned is then this process' part.
 
     Raises:
         InvalidError: what the folder holds does not belong to this segment.
-        UsageError: the folder cannot be written.
+        UsageError: the folder cannot be written, or the batch or the mechanism cannot be spread over the cluster.
     """
     config = segment.train
     model = Transformer(segment.model, None if segment.checkpoint else seed).to(device)
@@ -241,20 +250,31 @@ def train_segment(
             if parent is None:
                 raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")
             _inherit(segment, model, optimizer, parent, batches, seed)
+        run: torch.nn.Module = model
+        if cluster:
+            _check_spread(mechanism, cluster)
+            cluster.wait()  # all have read what there was, before the first one writes
+            run, spread = cluster.spread(model, optimizer, lambda: make_optimizer(model, config))
+            assert isinstance(spread, torch.optim.AdamW)
+            optimizer = spread
+        leads = cluster is None or cluster.leads
         timing_mode = "a" if start else "w"
         with (
-            TraceWriter(folder / "trace.jsonl", genesis, keep=lines) as trace,
-            (folder / "timing.jsonl").open(timing_mode) as timing,
+            TraceWriter(folder / "trace.jsonl", genesis, keep=lines) if leads else _Silent() as trace,
+            (folder / "timing.jsonl" if leads else Path(os.devnull)).open(timing_mode) as timing,
         ):
             reached, layer = _steps(
-                segment, model, optimizer, batches, mechanism, seed, start, trace, timing, checkpoint, genesis, progress
-            )
+                segment, model, run, optimizer, batches, mechanism, seed, start, trace, timing, checkpoint, genesis,
+                progress, cluster,
+            )  # fmt: skip
             outcome = "end" if reached == config.steps else "diverged"
             where = {"layer": layer} if layer else {}
-            trace.append({"type": outcome, "steps": reached, **where, "weights": weights_digest(model)})
+            state = _whole(model.state_dict(), cluster)
+            trace.append({"type": outcome, "steps": reached, **where, "weights": _digest(state)})
             trace.sync()
-        _save(folder / "final.safetensors", model, optimizer, step=reached, lines=trace.count, genesis=genesis)
-        checkpoint.unlink(missing_ok=True)
+        _save(folder / "final.safetensors", model, optimizer, cluster, step=reached, lines=trace.count, genesis=genesis)
+        if leads:
+            checkpoint.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename or folder}: {error.strerror}; free space or choose another --out"
@@ -272,39 +292,51 @@ def training_step(
     step: int,
     seed: int,
     look: Callable[[ModelOutput], None] | None = None,
+    *,
+    run: torch.nn.Module | None = None,
+    cluster: "Cluster | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the loss (nats/token, without auxiliary terms) and the gradient's norm.
 
-    Both stay on the device: the step waits for nothing. `look` is shown the output before the weights change.
+    Both stay on the device: the step waits for nothing. `look` is shown the output before the weights change. With a
+    `cluster`, `tokens_BS` are this process' own, `run` is what to call in the model's place, and both results are those of
+    all processes.
     """
+    group = cluster.group if cluster else None
     with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = model(tokens_BS, rule=mechanism.rule(step, seed))
+        output = (run or model)(tokens_BS, rule=mechanism.rule(step, seed))
     loss = cross_entropy = torch.nn.functional.cross_entropy(
         output.logits_BSV.float().flatten(0, 1), targets_BS.flatten()
     )
     if config.balance and output.routers:
-        loss = loss + config.balance * torch.stack([balance_loss(router) for router in output.routers]).mean()
+        loss = loss + config.balance * torch.stack([balance_loss(router, group) for router in output.routers]).mean()
     extra = mechanism.loss(output)
     if extra is not None:
         loss = loss + extra
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     mechanism.gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
+    if cluster:
+        norm = cluster.clip(model, config.clip)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
     if look is not None:
         look(output)
     optimizer.step()
     if config.bias_rate:
-        _balance_biases(model, output, config.bias_rate)
-    return cross_entropy.detach(), norm
+        _balance_biases(model, output, config.bias_rate, cluster)
+    loss = cross_entropy.detach()
+    return cluster.mean(loss) if cluster else loss, norm
 
 
 @torch.no_grad()
-def _balance_biases(model: Transformer, output: ModelOutput, rate: float) -> None:
+def _balance_biases(model: Transformer, output: ModelOutput, rate: float, cluster: "Cluster | None") -> None:
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer, router in zip(layers, output.routers, strict=True):
         assert layer.bias_E is not None
         load_E = router.routing.load_E.to(layer.bias_E.dtype)
+        if cluster:
+            load_E = cluster.sum(load_E)
         layer.bias_E += rate * torch.sign(load_E.mean() - load_E)
 
 
@@ -353,16 +385,18 @@ def _utilities(old: Transformer, segment: Segment, batches: Batches) -> dict[str
 def _steps(
     segment: Segment,
     model: Transformer,
+    run: torch.nn.Module,
     optimizer: torch.optim.AdamW,
     batches: Batches,
     mechanism: Mechanism,
     seed: int,
     start: int,
-    trace: TraceWriter,
+    trace: "TraceWriter | _Silent",
     timing: Any,
     checkpoint: Path,
     genesis: str,
     progress: Progress | None,
+    cluster: "Cluster | None",
 ) -> tuple[int, str | None]:
     """Steps from `start` to the end, or to where a loss or norm is no longer finite.
 
@@ -373,7 +407,9 @@ def _steps(
     tokens_a_step = config.batch * config.context
     losses: list[Tensor] = []
     clock = _clocks(device)
-    model.train()
+    run.train()
+    # Each process draws for its own tokens; the first one as it would alone.
+    seed = derive(seed, "process", cluster.rank) if cluster and not cluster.leads else seed
     for place, (tokens_BS, targets_BS) in prefetch(
         batches, range(config.first_step + start, config.first_step + config.steps), device
     ):
@@ -381,9 +417,13 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         probes: list[dict[str, Any]] = []
-        look = partial(_probe, model, mechanism, step, probes) if probe_due(config, step) else None
+        look = partial(_probe, model, mechanism, step, probes, cluster) if probe_due(config, step) else None
+        if cluster:
+            tokens_BS, targets_BS = cluster.share(tokens_BS), cluster.share(targets_BS)
         try:
-            loss, norm = training_step(model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed, look)
+            loss, norm = training_step(
+                model, optimizer, config, tokens_BS, targets_BS, mechanism, step, seed, look, run=run, cluster=cluster
+            )
         except NonFiniteError as error:
             return step, error.layer
         losses.append(loss)
@@ -406,7 +446,7 @@ def _steps(
             "grad_norm": decimal_string(grad_norm),
         }
         if done % config.hash_every == 0 and done < config.steps:
-            entry["weights"] = weights_digest(model)
+            entry["weights"] = _digest(_whole(model.state_dict(), cluster))
         trace.append(entry)
         now = _clocks(device)
         timing.write(json.dumps({"step": done} | {name: round(now[name] - clock[name], 6) for name in now}) + "\n")
@@ -414,7 +454,7 @@ def _steps(
         if done % config.checkpoint_every == 0 and done < config.steps:
             trace.sync()
             timing.flush()
-            _save(checkpoint, model, optimizer, step=done, lines=trace.count, genesis=genesis)
+            _save(checkpoint, model, optimizer, cluster, step=done, lines=trace.count, genesis=genesis)
         if progress:
             progress(done, done * tokens_a_step)
     return config.steps, None
@@ -433,7 +473,12 @@ def probe_due(config: TrainConfig, step: int) -> bool:
 
 @torch.no_grad()
 def _probe(
-    model: Transformer, mechanism: Mechanism, step: int, probes: list[dict[str, Any]], output: ModelOutput
+    model: Transformer,
+    mechanism: Mechanism,
+    step: int,
+    probes: list[dict[str, Any]],
+    cluster: "Cluster | None",
+    output: ModelOutput,
 ) -> None:
     """Adds the trace's entry of what can be seen at `step` to `probes`."""
     values = mechanism.probe(model, output)
@@ -441,11 +486,12 @@ def _probe(
     for name, found in numbers.items():
         if not all(math.isfinite(value) for value in found):
             raise NonFiniteError(f"probe {name}", f"found {found}")
+    loads = [router.routing.load_E for router in output.routers]
     probes.append(
         {
             "type": "probe",
             "step": step,
-            "load": [router.routing.load_E.tolist() for router in output.routers],
+            "load": [(cluster.sum(load_E) if cluster else load_E).tolist() for load_E in loads],
             "values": {name: [decimal_string(float(value)) for value in found] for name, found in numbers.items()},
         }
     )
@@ -459,10 +505,53 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict
     }
 
 
-def _save(path: Path, model: Transformer, optimizer: torch.optim.AdamW, *, step: int, lines: int, genesis: str) -> None:
+class _Silent:
+    """The trace of a process that does not write."""
+
+    count = 0
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
+def _check_spread(mechanism: Mechanism, cluster: "Cluster") -> None:
+    """A mechanism that looks at weights or gradients has to find all of them."""
+    for name in ("gradients", "probe"):
+        if not cluster.copies and getattr(type(mechanism), name) is not getattr(Mechanism, name):
+            raise UsageError(
+                f"--parallel {cluster.layout.parallel}: this arm's mechanism ({name}) needs the whole model in each process; "
+                "use --parallel ddp"
+            )
+
+
+def _whole(tensors: Mapping[str, Tensor], cluster: "Cluster | None") -> Mapping[str, Tensor]:
+    return cluster.gather(tensors) if cluster else tensors
+
+
+def _save(
+    path: Path,
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    cluster: "Cluster | None",
+    *,
+    step: int,
+    lines: int,
+    genesis: str,
+) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = dict(_whole(tensors | _optimizer_tensors(model, optimizer), cluster))
     tensors |= {f"lineage.{name}": lineage_E for name, lineage_E in model.lineages.items()}
-    tensors |= _optimizer_tensors(model, optimizer)
+    if cluster and not cluster.leads:
+        return
     temporary = path.with_suffix(".tmp")
     # one entry: safetensors writes several in an order that changes from process to process
     metadata = {"repro": json.dumps({"genesis": genesis, "lines": lines, "step": step})}

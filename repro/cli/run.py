@@ -8,7 +8,10 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repro.cluster import Layout
 
 Subparsers = Any  # argparse gives this type no public name
 
@@ -35,6 +38,11 @@ def add_parser(commands: Subparsers) -> None:
     _add_plan_arguments(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/PAPER-SCALE)")
     command.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    command.add_argument(
+        "--parallel",
+        metavar="HOW",
+        help="under torchrun: ddp (default), fsdp, or either with +experts, which shares out the experts",
+    )
     command.set_defaults(func=_run)
 
     command = commands.add_parser("judge", help="verdicts again, from the evidence of a run")
@@ -146,7 +154,7 @@ def _claims(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _make_plan(arguments: argparse.Namespace, *, dry: bool = False) -> dict[str, Any]:
+def _make_plan(arguments: argparse.Namespace, *, dry: bool = False, layout: str = "one process") -> dict[str, Any]:
     from repro.experiment import load_claims, select_claims
     from repro.workflow.plan import make_plan
 
@@ -160,6 +168,7 @@ def _make_plan(arguments: argparse.Namespace, *, dry: bool = False) -> dict[str,
         device=arguments.device,
         checkpoint=arguments.checkpoint,
         dry=dry,
+        layout=layout,
     )
 
 
@@ -197,28 +206,73 @@ def _duration(seconds: float) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from repro.cli.progress import reporter
-    from repro.judge import exit_code
     from repro.report import require_report
-    from repro.workflow.plan import estimate, plan_digest
-    from repro.workflow.publish import write_report
-    from repro.workflow.run import execute, finish, start
+    from repro.workflow.run import execute, start
 
+    if arguments.parallel or "WORLD_SIZE" in os.environ:
+        from repro.cluster import layout
+
+        if spread := layout(arguments.parallel):
+            return _run_together(arguments, spread)
     plan = _make_plan(arguments)
     require_report()
-    folder = arguments.out or Path("runs") / f"{plan['paper']['slug'].replace('_', '-')}-{plan['scale']}"
-    seconds = estimate(plan, workers=arguments.workers).seconds
+    folder = _folder(arguments, plan)
     with start(plan, folder, resume=arguments.resume):
-        print(f"plan {plan_digest(plan)[:16]}…, about {_duration(seconds)}, in {folder}", file=sys.stderr)
-        for warning in plan["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
+        _announce(arguments, plan, folder)
         try:
             with reporter() as progress:
                 execute(plan, folder, workers=arguments.workers, reporter=progress, checkpoint=arguments.checkpoint)
         except KeyboardInterrupt:
             print(f"repro: stopped; go on with the same command and --resume (kept in {folder})", file=sys.stderr)
             return 130
-        outcome = finish(plan, folder)
-        write_report(folder)
+        return _conclude(plan, folder)
+
+
+def _run_together(arguments: argparse.Namespace, layout: "Layout") -> int:
+    """One of the processes of a torchrun; the first of them speaks, writes and gives the exit code."""
+    from repro.cli.progress import reporter
+    from repro.cluster import Cluster
+    from repro.environment import set_deterministic
+    from repro.report import require_report
+    from repro.workflow.run import execute_together, start
+
+    require_report()
+    set_deterministic()
+    with Cluster(layout, arguments.device) as cluster:
+        plan = _make_plan(arguments, layout=str(layout))
+        folder = _folder(arguments, plan)
+        if not cluster.leads:
+            cluster.wait()
+            execute_together(plan, folder, cluster=cluster, reporter=None, checkpoint=arguments.checkpoint)
+            return 0
+        with start(plan, folder, resume=arguments.resume):
+            _announce(arguments, plan, folder)
+            cluster.wait()
+            with reporter() as progress:
+                execute_together(plan, folder, cluster=cluster, reporter=progress, checkpoint=arguments.checkpoint)
+            return _conclude(plan, folder)
+
+
+def _folder(arguments: argparse.Namespace, plan: Mapping[str, Any]) -> Path:
+    return arguments.out or Path("runs") / f"{plan['paper']['slug'].replace('_', '-')}-{plan['scale']}"
+
+
+def _announce(arguments: argparse.Namespace, plan: Mapping[str, Any], folder: Path) -> None:
+    from repro.workflow.plan import estimate, plan_digest
+
+    seconds = estimate(plan, workers=arguments.workers).seconds
+    print(f"plan {plan_digest(plan)[:16]}…, about {_duration(seconds)}, in {folder}", file=sys.stderr)
+    for warning in plan["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _conclude(plan: Mapping[str, Any], folder: Path) -> int:
+    from repro.judge import exit_code
+    from repro.workflow.publish import write_report
+    from repro.workflow.run import finish
+
+    outcome = finish(plan, folder)
+    write_report(folder)
     _print_outcome(plan, outcome)
     print(f"report: {folder / 'report.html'}")
     return exit_code(outcome)

@@ -49,7 +49,7 @@ class MoE(nn.Module):
     Nothing of a call stays on the module. Weights are drawn with std fan_in^-1/2 from torch's global generator.
 
     Raises `RoutingError` for sizes that cannot be, `NonFiniteError` (naming `self.name`) for NaN or infinite router
-    logits; that check is made on the CPU only, where it does not wait for a device.
+    logits; that check is made on the CPU only, where it does not wait for a device, and while `checks_logits` is set.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class MoE(nn.Module):
         self.name = "moe"
         self.score = score
         self.backend = backend
+        self.checks_logits = True
         self.rule: RoutingRule = TopK(top_k, renormalize)
         # Replaced where the experts live on several processes (`repro.moe.parallel`).
         self.experts: Callable[[Tensor, Routing, Tensor, Tensor, str], Tensor] = apply_experts
@@ -109,7 +110,11 @@ class MoE(nn.Module):
             # Float32 at the least: near-ties between experts are decided by bits that bfloat16 does not have.
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = nnf.linear(x_TD.to(dtype), self.router_ED.to(dtype))
-            if logits_TE.device.type == "cpu" and not math.isfinite(logits_TE.detach().sum().item()):
+            if (
+                self.checks_logits
+                and logits_TE.device.type == "cpu"
+                and not math.isfinite(logits_TE.detach().sum().item())
+            ):
                 self._check_finite(logits_TE)
             scores_TE = logits_TE.softmax(1) if self.score == "softmax" else logits_TE.sigmoid()
             expert_TK, weight_TK = rule(scores_TE, self.bias_E)

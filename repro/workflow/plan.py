@@ -76,6 +76,7 @@ def make_plan(
     device: str = "cpu",
     checkpoint: Path | None = None,
     dry: bool = False,
+    layout: str = "one process",
 ) -> dict[str, Any]:
     """The plan, as the contents of plan.json.
 
@@ -88,6 +89,7 @@ def make_plan(
         device: cpu or cuda.
         checkpoint: folder of the public checkpoint to start from, where the paper's design does.
         dry: do with corpora and a checkpoint that are not at hand, with `NOT_AT_HAND` for a digest: enough for the cost.
+        layout: how a model lies on the processes that train it; see `repro.cluster.Layout`.
 
     Raises:
         UsageError: unknown paper, scale, claim or device, a bad number of seeds, a missing extra, or a corpus or
@@ -100,7 +102,7 @@ def make_plan(
     if seeds is not None and seeds < 1:
         raise UsageError(f"seeds: expected at least 1, found {seeds}")
     selected = select_claims(info, claims, scale)
-    environment = numeric_environment(device)
+    environment = numeric_environment(device, layout)
     design = _design(paper_module(slug), scale, checkpoint, dry=dry)
     left_out = tuple(claim for claim in info.claim if claim not in selected)
     arms, groups, figures = _needed(design, selected, left_out, named=claims is not None)

@@ -2,6 +2,7 @@
 
 - `start`: makes or reopens a run directory; a directory belongs to one plan, and to one run at a time
 - `execute`: trains every segment once, measures every arm, in dependency order; what is finished is not done again
+- `execute_together`: the same under torchrun, where all processes train one segment at a time
 - `finish`: judges, and writes outcome.json
 
 A worker that dies, Ctrl-C or a full disk lose nothing but the steps since the last checkpoint.
@@ -18,10 +19,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError, UsageError
@@ -30,6 +32,9 @@ from repro.environment import code_state
 from repro.judge import judge
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, parse_plan, plan_digest
+
+if TYPE_CHECKING:
+    from repro.cluster import Cluster
 
 
 class Reporter(Protocol):
@@ -46,6 +51,22 @@ class Reporter(Protocol):
 
     def finished(self, task: str, seconds: float) -> None:
         """A task ended after so many seconds."""
+
+
+class _Mute:
+    """The reporter of a process that is not the first."""
+
+    def begin(self, *, tokens: int, done: int, tasks: int) -> None:
+        """Nothing."""
+
+    def started(self, task: str, tokens: int) -> None:
+        """Nothing."""
+
+    def advanced(self, task: str, tokens: int) -> None:
+        """Nothing."""
+
+    def finished(self, task: str, seconds: float) -> None:
+        """Nothing."""
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -126,6 +147,56 @@ def execute_jobs(
     left = sum(task.tokens for task in tasks)
     reporter.begin(tokens=total, done=total - left, tasks=len(tasks))
     _Pool(plan, folder, workers=workers, reporter=reporter, checkpoint=checkpoint).run(tasks)
+
+
+def execute_together(
+    plan: Mapping[str, Any],
+    folder: Path,
+    *,
+    cluster: "Cluster",
+    reporter: Reporter | None,
+    checkpoint: Path | None = None,
+) -> None:
+    """As `execute`, one task after the other, each on all the processes of `cluster`; every one of them calls this.
+
+    Only the first one has a `reporter`.
+
+    Raises:
+        ReproError: a task failed; torchrun stops the other processes, and a run with `resume` goes on from there.
+    """
+    from repro.workflow import worker
+
+    began = _now()
+    wanted = jobs(plan)
+    # What is there is looked up once: the processes may see a shared folder change at different times.
+    open_tasks = cluster.told(
+        [
+            (task.job.arm, task.job.seed, task.segment.digest if task.segment else None)
+            for task in _open_tasks(wanted, folder)
+        ]
+        if cluster.leads
+        else None
+    )
+    by_arm = {(job.arm, job.seed): job for job in wanted}
+    segments = {segment.digest: segment for job in wanted for segment in job.segments}
+    total = sum(segment.tokens for segment in segments.values())
+    left = sum(segments[digest].tokens for _, _, digest in open_tasks if digest)
+    reporter = reporter or _Mute()
+    if cluster.leads:
+        _write_run_record(folder, started_at=began, finished_at=None)
+        reporter.begin(tokens=total, done=total - left, tasks=len(open_tasks))
+    for arm, seed, digest in open_tasks:
+        name = f"{arm} seed {seed}" if digest else f"measure {arm} seed {seed}"
+        since = time.monotonic()
+        reporter.started(name, segments[digest].tokens if digest else 0)
+        if digest:
+            worker.train(plan, folder, by_arm[arm, seed], digest, partial(reporter.advanced, name), checkpoint, cluster)
+        elif cluster.leads:
+            worker.measure(plan, folder, by_arm[arm, seed])
+        cluster.wait()
+        reporter.finished(name, time.monotonic() - since)
+    if cluster.leads:
+        _write_run_record(folder, started_at=began, finished_at=_now())
 
 
 def finish(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from records.errors import InternalError, InvalidError, ReproError, UsageError
 from repro.config import decimal_string, decode
@@ -21,6 +21,9 @@ from repro.model import ModelConfig
 from repro.trace import TraceWriter, check_chain, genesis
 from repro.train import Parent, Segment, load_final, train_segment
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_digest
+
+if TYPE_CHECKING:
+    from repro.cluster import Cluster
 
 _PROGRESS_SECONDS = 0.2
 
@@ -43,9 +46,9 @@ def main(
         set_deterministic()
         job = next(job for job in jobs(plan) if job.arm == arm and job.seed == seed)
         if segment is None:
-            _measure(plan, Path(folder), job)
+            measure(plan, Path(folder), job)
         else:
-            _train(plan, Path(folder), job, segment, pipe, checkpoint)
+            train(plan, Path(folder), job, segment, lambda tokens: pipe.send(("progress", tokens)), checkpoint)
         pipe.send(("done",))
     except ReproError as error:
         pipe.send(("error", type(error), str(error)))
@@ -83,9 +86,16 @@ def _corpus(plan: Mapping[str, Any], name: str) -> corpus.Corpus:
     return text
 
 
-def _train(
-    plan: Mapping[str, Any], folder: Path, job: ArmJob, digest: str, pipe: Connection, checkpoint: Path | None
+def train(
+    plan: Mapping[str, Any],
+    folder: Path,
+    job: ArmJob,
+    digest: str,
+    advanced: Callable[[int], None],
+    checkpoint: Path | None,
+    cluster: "Cluster | None" = None,
 ) -> None:
+    """Trains the segment `digest` of `job`, unless `folder` has it; `advanced` is told the tokens done now and then."""
     work = next(item for item in job.segments if item.digest == digest)
     segment = decode(Segment, work.config)
     text = _corpus(plan, segment.corpus)
@@ -95,10 +105,11 @@ def _train(
         nonlocal sent
         if time.monotonic() - sent > _PROGRESS_SECONDS:
             sent = time.monotonic()
-            pipe.send(("progress", tokens))
+            advanced(tokens)
 
     parent = next((item for item in job.segments if item.digest == work.parent), None)
-    with _alone(folder / work.folder / ".lock"):
+    leads = cluster is None or cluster.leads
+    with _alone(folder / work.folder / ".lock") if leads else contextlib.nullcontext():
         if (folder / work.folder / "final.safetensors").exists():
             return
         train_segment(
@@ -114,10 +125,11 @@ def _train(
             seed=job.seed + segment.reseed,
             folder=folder / work.folder,
             genesis=genesis(plan_digest(plan), work.digest),
-            device=_torch_device(plan),
+            device=cluster.device if cluster else _torch_device(plan),
             parent=_parent(plan, folder, parent) if parent else None,
             checkpoint_folder=checkpoint,
             progress=progress,
+            cluster=cluster,
         )
 
 
@@ -129,7 +141,8 @@ def _parent(plan: Mapping[str, Any], folder: Path, job: SegmentJob) -> Parent:
     )
 
 
-def _measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
+def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
+    """Measures the trained arm `job`."""
     work = job.segments[-1]
     segment = decode(Segment, work.config)
     start = genesis(plan_digest(plan), work.digest)
