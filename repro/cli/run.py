@@ -229,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_together(arguments: argparse.Namespace, layout: "Layout") -> int:
-    """One of the processes of a torchrun; the first of them speaks, writes and gives the exit code."""
+    """One of the processes of a torchrun; the first of them speaks and writes."""
     from repro.cli.progress import reporter
     from repro.cluster import Cluster
     from repro.environment import set_deterministic
@@ -250,7 +250,8 @@ def _run_together(arguments: argparse.Namespace, layout: "Layout") -> int:
             cluster.wait()
             with reporter() as progress:
                 execute_together(plan, folder, cluster=cluster, reporter=progress, checkpoint=arguments.checkpoint)
-            return _conclude(plan, folder)
+            _conclude(plan, folder)
+            return 0  # torchrun takes any other code for a crash; `repro judge` gives the verdicts' own
 
 
 def _folder(arguments: argparse.Namespace, plan: Mapping[str, Any]) -> Path:
