@@ -261,7 +261,7 @@ def test_a_stranger_among_the_evidence(bundle):
         (lambda plan: plan | {"arms": [plan["arms"][0] | {"segments": [{"train": 3}]}]}, "all positive"),
         (lambda plan: {k: v for k, v in plan.items() if k != "tolerance"}, "missing fields"),
         (lambda plan: plan | {"code": {}}, "code's digest"),
-        (lambda plan: [plan], "found 'list'"),
+        (lambda plan: [plan], "found list"),
     ],
 )
 def test_a_foreign_plan_that_is_none_is_malformed(bundle, change, message):
