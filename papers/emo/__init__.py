@@ -6,15 +6,22 @@ let it decay only in the last stage. It says that this matches a model that had 
 
 What is new here is the schedule, so the mechanism is all in the segments: each stage inherits the weights of the one before
 and grows the pool (`repro.moe.growth`). Token budgets: the shares that a summary of the paper prints, equal shares, and two
-readings of the scaling law (`law.py`).
+readings of the scaling law (`law.py`). What a scale fixes is in `scales.py`.
 
-Arms: `fixed8`, `fixed16` (all experts from the start), `emo` (4 → 8 → 16), `equal`, `h1`, `h2` (other budgets), `at25`, `at50`,
-`at75` (4 → 16 in one go after that share of the tokens), `copy`, `keep`, `bias` (`at50` with copied experts, with the
-optimizer's state kept, with the selection bias kept), and two controls: `frozen` (router frozen once grown) and `unused` (the
-new experts are never routed to). See README.md for deviations.
+Arms, at `nano` with 4 → 8 → 16 experts
+- `full`, `half`: all 16 experts, and 8, from the start; `emo`; `equal`, `h1`, `h2`: other budgets
+- `at25`, `at50`, `at75`: 4 → 16 in one go after that share of the tokens
+- `copy`, `keep`, `bias`: `at50` with copied experts, with the optimizer's state kept, with the selection bias kept
+- `emo-clock`, `full-clock`: the paper's own 8 → 128 experts, for their time alone
+Controls, each broken so that it has to miss one claim's criterion
+- `frozen`: `emo`, with the router frozen once grown (E1)
+- `idle50`, `idle75`: grown with no disturbance by experts that are never routed to: nothing depends on when (E1, E3, E4, E6)
+- `twins`: `copy` with nothing to tell a copy from its source, so that top-k picks both for the same tokens (E5)
+- `restart`: at 50%, all that was learnt is thrown away (E6)
+- `burst-clock`: nearly all tokens at 128 experts: there is nothing to save (E2)
+See README.md for deviations.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,17 +30,25 @@ import torch
 from torch import Tensor
 
 from papers.emo import law
+from papers.emo.scales import SETTINGS, Setting
 from records.errors import UsageError
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
 from repro.experiment import Arm, Curve, Design, Figure
-from repro.model import ModelConfig, Transformer, accounting
-from repro.moe import RoutingRule, TopK
+from repro.model import ModelOutput, Transformer, accounting
+from repro.moe import MoE, RoutingRule, TopK
 from repro.moe.growth import Growth
-from repro.train import Mechanism, Segment, TrainConfig
+from repro.train import Mechanism, Segment
 
 RECIPE = Growth(experts="random", router="random", reset_bias=True)
+TWINS = replace(RECIPE, experts="copy", router="copy")
+# 0.001 is what Expert Upcycling (arXiv 2604.19835) disturbs the biases of copies by; EMO's own copies are not described.
+COPIES = replace(TWINS, bias_noise=1e-3)
+IDLE = replace(RECIPE, reset_bias=False)
+
+
+_LOAD_WINDOWS = 4  # the load is measured on one in so many held-out windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,140 +74,155 @@ class Unused(Mechanism):
         return self._rule
 
 
+class Watched(Mechanism):
+    """Changes nothing; looks at how far copies have moved away from their sources."""
+
+    def probe(self, model: Transformer, output: ModelOutput) -> Mapping[str, Sequence[float]]:
+        """`twins`: for each grown layer the mean cosine between the weights of a copy and of its source."""
+        found = []
+        for name, lineage_E in model.lineages.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, MoE)
+            flat_EN = torch.cat([layer.w_up_EDF.flatten(1), layer.w_down_EFD.flatten(1)], dim=1).double()
+            copies = (lineage_E != torch.arange(len(lineage_E))) & (lineage_E >= 0)
+            source_EN = flat_EN[lineage_E[copies].to(flat_EN.device)]
+            copy_EN = flat_EN[copies.to(flat_EN.device)]
+            found.append(float(torch.cosine_similarity(copy_EN, source_EN).mean()))
+        return {"twins": found}
+
+
 def mechanism(config: Mapping[str, Any]) -> Mechanism:
-    """None for all arms but the control `unused`."""
-    return Unused(FirstExperts(**config)) if config else Mechanism()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What a scale fixes for all arms; `stages` are the numbers of experts, `shares` EMO's printed ones for them."""
-
-    model: ModelConfig
-    train: TrainConfig
-    stages: tuple[int, ...]
-    shares: tuple[float, ...]
-    rewarm: int
-    corpus: str
-    seeds: int
-    eval_tokens: int
-
-
-_LAST_THREE = tuple(share / math.fsum(law.PRINTED_SHARES[2:]) for share in law.PRINTED_SHARES[2:])
-
-SETTINGS = {
-    "smoke": Setting(
-        model=ModelConfig(
-            d_model=16, d_expert=8, num_layers=1, num_heads=2, num_experts=16, top_k=2, context=32, score="sigmoid",
-            selection_bias=True, d_shared=8,
-        ),
-        train=TrainConfig(
-            steps=40, batch=4, context=32, lr=3e-3, warmup=2, decay=0.1, bias_rate=1e-3, trace_every=2, hash_every=10,
-            checkpoint_every=10,
-        ),
-        stages=(4, 8, 16), shares=_LAST_THREE, rewarm=2, corpus="synthetic", seeds=2, eval_tokens=2_048,
-    ),
-    "nano": Setting(
-        model=ModelConfig(
-            d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128, score="sigmoid",
-            selection_bias=True, d_shared=32,
-        ),
-        train=TrainConfig(
-            steps=1_200, batch=8, context=128, lr=3e-3, warmup=40, decay=0.1, bias_rate=1e-3
-        ),
-        stages=(4, 8, 16), shares=_LAST_THREE, rewarm=20, corpus="stdlib", seeds=3, eval_tokens=131_072,
-    ),
-}  # fmt: skip
+    """Data of the form {"first": count, "k": k} for arms whose later experts are never used, {"watch": "twins"} for copies."""
+    if "first" in config:
+        return Unused(FirstExperts(k=config["k"], count=config["first"]))
+    return Watched() if "watch" in config else Mechanism()
 
 
 def design(scale: str) -> Design:
-    """Arms and figure at `scale`.
+    """Arms, figures and warnings at `scale`.
 
     Raises:
         UsageError: a scale that is not set up for this paper.
     """
     if scale not in SETTINGS:
-        raise UsageError(f"emo at scale {scale!r} is not set up yet: expected one of {', '.join(SETTINGS)}")
+        raise UsageError(f"emo at scale {scale!r} is not set up: expected one of {', '.join(SETTINGS)}")
     setting = SETTINGS[scale]
-    few, half, full = setting.stages
+    stages, full = setting.stages, setting.stages[-1:]
     active = accounting(setting.model).active_non_vocab
-    total, every = setting.train.steps, setting.train.trace_every
-    paper = law.steps(setting.shares, total, multiple=every)
-    quarters = {share: law.steps((share / 100, 1 - share / 100), total, multiple=every) for share in (25, 50, 75)}
-    jump = (few, full)
-    control: dict[str, Any] = {"k": setting.model.top_k, "count": few}
+    budgets = {
+        "emo": setting.shares,
+        "equal": (1 / len(stages),) * len(stages),
+        "h1": law.shares_by_stage(stages, active),
+        "h2": law.shares_by_total(stages, active),
+    }
+    few = setting.jump[0]
+    idle: dict[str, Any] = {"mechanism": {"first": few, "k": setting.model.top_k}, "inherit": "all", "rewarm": 0}
+    watched = {"watch": "twins"}
+    clock_stages = setting.clock_stages or stages
+    clock = replace(
+        setting,
+        train=replace(setting.train, steps=setting.clock_steps or setting.train.steps),
+        eval_tokens=setting.eval_tokens // 8,
+    )
     arms = (
-        _arm(setting, f"fixed{half}", (half,), (total,)),
-        _arm(setting, f"fixed{full}", (full,), (total,)),
-        _arm(setting, "emo", setting.stages, paper),
-        _arm(setting, "equal", setting.stages, law.steps((1 / 3,) * 3, total, multiple=every)),
-        _arm(
-            setting, "h1", setting.stages, law.steps(law.shares_by_stage(setting.stages, active), total, multiple=every)
-        ),
-        _arm(
-            setting, "h2", setting.stages, law.steps(law.shares_by_total(setting.stages, active), total, multiple=every)
-        ),
-        _arm(setting, "at25", jump, quarters[25]),
-        _arm(setting, "at50", jump, quarters[50]),
-        _arm(setting, "at75", jump, quarters[75]),
-        _arm(setting, "copy", jump, quarters[50], growth=replace(RECIPE, experts="copy", router="copy")),
-        _arm(setting, "keep", jump, quarters[50], inherit="all"),
-        _arm(setting, "bias", jump, quarters[50], growth=replace(RECIPE, reset_bias=False)),
-        _arm(setting, "frozen", setting.stages, paper, freeze=("router_ED",)),
-        _arm(setting, "unused", setting.stages, paper, mechanism=control),
+        _arm(setting, "half", stages[-2:-1], (1.0,)),
+        _arm(setting, "full", full, (1.0,)),
+        *(_arm(setting, name, stages, shares) for name, shares in budgets.items()),
+        *(_arm(setting, f"at{at}", setting.jump, (at / 100, 1 - at / 100)) for at in (25, 50, 75)),
+        _arm(setting, "copy", setting.jump, (0.5, 0.5), growth=COPIES, mechanism=watched),
+        _arm(setting, "keep", setting.jump, (0.5, 0.5), inherit="all"),
+        _arm(setting, "bias", setting.jump, (0.5, 0.5), growth=IDLE),
+        _arm(setting, "frozen", stages, setting.shares, freeze=("router_ED",)),
+        *(_arm(setting, f"idle{at}", setting.jump, (at / 100, 1 - at / 100), growth=IDLE, **idle) for at in (50, 75)),
+        _arm(setting, "twins", setting.jump, (0.5, 0.5), growth=TWINS, mechanism=watched),
+        _arm(setting, "restart", setting.jump, (0.5, 0.5), growth=None, inherit="nothing"),
+        _arm(clock, "full-clock", clock_stages[-1:], (1.0,)),
+        _arm(clock, "emo-clock", clock_stages, law.printed(len(clock_stages))),
+        _arm(clock, "burst-clock", (clock_stages[0], clock_stages[-1]), (0.05, 0.95)),
     )
-    shown = ("at25", "at50", "at75")
-    figures = (
-        Figure(
-            title="Training loss against tokens; marks show where a stage begins",
-            x_label="tokens",
-            y_label="training loss, nats/byte",
-            curves=tuple(Curve(arm=arm) for arm in (f"fixed{half}", f"fixed{full}", "emo", "at50")),
-            kind="training",
-        ),
-        Figure(
-            title=f"Held-out loss against the share of the tokens before growing from {few} to {full} experts",
-            x_label="tokens before the growth, %",
-            y_label="held-out loss, nats/byte",
-            x=(25.0, 50.0, 75.0),
-            curves=(Curve(arm=f"{few} → {full} experts", arms=shown, metrics=("loss",) * 3),),
-        ),
+    return Design(
+        seeds=setting.seeds,
+        first_seed=setting.first_seed,
+        arms=arms,
+        figures=_figures(setting),
+        warnings=law.warnings(stages, d_model=setting.model.d_model, d_expert=setting.model.d_expert),
     )
-    return Design(seeds=setting.seeds, arms=arms, figures=figures)
+
+
+def _figures(setting: Setting) -> tuple[Figure, ...]:
+    few, many = setting.jump
+    when = Curve(arm=f"{few} → {many} experts", arms=("at25", "at50", "at75"), metrics=("loss",) * 3)
+    later = Curve(arm=when.arm, arms=("at75", "at50", "at25"), metrics=("loss",) * 3)
+    shown = tuple(Curve(arm=arm) for arm in ("half", "full", "emo", "at50"))
+    loss = "training loss, nats/byte"
+    return (
+        Figure(
+            title="Training loss against tokens", x_label="tokens", y_label=loss, curves=shown, kind="training",
+        ),
+        Figure(
+            title="Training loss against measured time", x_label="seconds", y_label=loss, curves=shown, kind="time",
+        ),
+        Figure(
+            title="Training loss against measured time where the paper's own numbers of experts are timed", x_label="seconds",
+            y_label=loss, curves=tuple(Curve(arm=f"{arm}-clock") for arm in ("full", "emo", "burst")), kind="time",
+        ),
+        Figure(
+            title=f"Held-out loss against the share of the tokens before growing from {few} to {many} experts",
+            x_label="tokens before the growth, %", y_label="held-out loss, nats/byte", x=(25.0, 50.0, 75.0), curves=(when,),
+        ),
+        Figure(
+            title=f"Share of the gap from {few} experts throughout (idle50) to all from the start that growth closes",
+            x_label="tokens after the growth, %", y_label="η", x=(25.0, 50.0, 75.0), curves=(later,), kind="closure",
+            base=Curve(arm="idle50", metrics=("loss",) * 3), target=Curve(arm="full", metrics=("loss",) * 3),
+        ),
+        Figure(
+            title="Cosine between copied experts and their sources, mean over layers", x_label="tokens", y_label="cosine",
+            curves=(Curve(arm="copy", metrics=("twins",)), Curve(arm="twins", metrics=("twins",))), kind="probe",
+        ),
+        Figure(
+            title="Load of each expert along EMO's training", x_label="tokens", y_label="expert", curves=(Curve(arm="emo"),),
+            kind="load",
+        ),
+    )  # fmt: skip
 
 
 def _arm(
     setting: Setting,
     name: str,
     stages: Sequence[int],
-    steps: Sequence[int],
+    shares: Sequence[float],
     *,
-    growth: Growth = RECIPE,
+    growth: Growth | None = RECIPE,
     inherit: str = "weights",
+    rewarm: int | None = None,
     freeze: tuple[str, ...] = (),
     mechanism: Mapping[str, Any] | None = None,
 ) -> Arm:
-    """An arm of stages of so many steps; only the last one's learning rate decays, over a fixed share of all steps.
+    """An arm of stages with these shares of the tokens; only the last one's learning rate decays, over a share of all steps.
 
-    A long first stage of 4 experts is cut at each quarter, so that arms which grow later share the steps before.
+    What is given by name holds for the stages after the first. A first stage that others follow is cut at each quarter of
+    the tokens, so that arms which grow later share the steps before.
     """
-    quarter = setting.train.steps // 4
+    total = setting.train.steps
+    steps = law.steps(shares, total, multiple=setting.train.trace_every)
+    quarter = total // 4
     segments: list[Segment] = []
     done = 0
     for number, (experts, count) in enumerate(zip(stages, steps, strict=True)):
-        pieces = [quarter] * (count // quarter) if number == 0 and len(stages) == 2 else [count]
+        whole = number > 0 or len(stages) == 1
+        pieces = [count] if whole else [quarter] * (count // quarter) + [count % quarter] * (count % quarter > 0)
         for piece in pieces:
-            first = not segments
-            grows = number > 0
-            last = done + piece == setting.train.steps
-            decay = setting.train.decay * setting.train.steps / piece if last else 0.0
+            first, grows, last = not segments, number > 0, done + piece == total
+            warmup = setting.train.warmup if first else 0
+            if grows:
+                warmup = setting.rewarm if rewarm is None else rewarm
             train = replace(
                 setting.train,
                 steps=piece,
                 first_step=done,
                 schedule="wsd" if last else "constant",
-                warmup=setting.train.warmup if first else setting.rewarm if grows else 0,
-                decay=decay,
+                warmup=min(warmup, piece),
+                decay=setting.train.decay * total / piece if last else 0.0,
             )
             segments.append(
                 Segment(
@@ -206,28 +236,28 @@ def _arm(
                 )
             )
             done += piece
+    rule = {name: value for name, value in (mechanism or {}).items() if name in ("first", "k")}
     return Arm(
         id=name,
         label=f"{name}: {' → '.join(map(str, stages))} experts, {' + '.join(map(str, steps))} steps",
         segments=tuple(segments),
-        measure={"tokens": setting.eval_tokens, "few": setting.stages[0], "rule": dict(mechanism or {})},
-        measure_tokens=2 * setting.eval_tokens,
+        measure={"tokens": setting.eval_tokens, "few": stages[0], "rule": rule},
+        measure_tokens=setting.eval_tokens + setting.eval_tokens // _LOAD_WINDOWS,
     )
 
 
 def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> Iterator[tuple[str, float]]:
-    """`loss` in nats/byte on held-out text, and of the load there, over all layers' experts:
+    """`loss` in nats/byte on held-out text, and of the load there, over all layers' experts and one in four windows:
 
     `load/gini` (0 even, 1 all to one), `load/dead` (experts with no token), `load/new` (share that goes to experts beyond
     the first stage's).
     """
-    rule = FirstExperts(**config["rule"]) if config["rule"] else None
+    rule = FirstExperts(k=config["rule"]["k"], count=config["rule"]["first"]) if config["rule"] else None
     tokens_WS, targets_WS = evaluation_windows(held_out, tokens=config["tokens"], context=model.config.context)
     yield "loss", held_out_loss(model, tokens_WS, targets_WS, rule)
     load_LE = torch.zeros(model.config.moe_layers, model.config.num_experts, dtype=torch.float64)
     with torch.no_grad():
-        for first in range(0, len(tokens_WS), 32):
-            tokens_BS = tokens_WS[first : first + 32].to(model.embedding_VD.device)
+        for tokens_BS in torch.split(tokens_WS[::_LOAD_WINDOWS].to(model.embedding_VD.device), 32):
             for layer, router in enumerate(model(tokens_BS, rule=rule).routers):
                 load_LE[layer] += router.routing.load_E.double().cpu()
     yield "load/gini", sum(gini(load_E) for load_E in load_LE) / len(load_LE)

@@ -4,7 +4,7 @@
     1/Ê = 1/(E − 1 + (1/E_s − 1/E_m)^-1) + 1/E_m
 
 with N active parameters, D tokens, E experts and L in nats/token. The law was fitted for E ≤ 32 with coarse experts; what
-lies beyond is extrapolation, and `in_range` says so.
+lies beyond is extrapolation, and `warnings` says so in plan and report.
 
 EMO's own coefficients, and how it gets budgets from a law, are not known. Two readings are computed here, both from D*(E),
 the tokens at which the two falling terms shrink at the same rate for a model of E experts:
@@ -16,6 +16,8 @@ the tokens at which the two falling terms shrink at the same rate for a model of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from records.errors import UsageError
 
 A, ALPHA, DELTA, GAMMA = 35.91, -0.1889, -0.2285, 0.0098
 B, BETA, OMEGA, ZETA = 35.98, -0.1775, 0.5529, -0.0259
@@ -76,17 +78,53 @@ def shares_by_total(stages: Sequence[int], active: float) -> tuple[float, ...]:
     return tuple((value - before) / tokens[-1] for before, value in zip((0.0, *tokens), tokens, strict=False))
 
 
+def printed(stages: int) -> tuple[float, ...]:
+    """EMO's printed shares of its last so many stages, made to sum to 1."""
+    shares = PRINTED_SHARES[-stages:]
+    return tuple(share / math.fsum(shares) for share in shares)
+
+
+def warnings(stages: Sequence[int], *, d_model: int, d_expert: int) -> tuple[str, ...]:
+    """What must be said of budgets that the law gives for these models: where it was not fitted, it extrapolates."""
+    found = []
+    if beyond := [experts for experts in stages if not in_range(experts)]:
+        found.append(f"for {', '.join(map(str, beyond))} experts, where it was fitted up to {FITTED_UP_TO}")
+    if 3 * d_expert < 8 * d_model:
+        found.append(
+            f"for experts of width {d_expert}, where it was fitted on coarse ones, of width {8 * d_model // 3} here"
+        )
+    if not found:
+        return ()
+    return (f"the scaling law behind the budgets of h1 and h2 is asked outside its fitted range: {'; '.join(found)}",)
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Checks that a schedule's shares of the tokens are above 0 and sum to 1.
+
+    Raises:
+        UsageError: they do not.
+    """
+    total = math.fsum(shares)
+    if not shares or min(shares) <= 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        listed = ", ".join(f"{share:g}" for share in shares)
+        raise UsageError(
+            f"EMO's schedule: expected shares of the tokens above 0 that sum to 1, found {listed} with the sum {total:g}; "
+            "divide each by the sum"
+        )
+
+
 def steps(shares: Sequence[float], total: int, *, multiple: int) -> tuple[int, ...]:
     """Steps of each stage, multiples of `multiple` that add up to `total`; the shares must sum to 1.
 
     Raises:
-        ValueError: shares that do not sum to 1, or a stage that would get no step.
+        UsageError: shares that do not sum to 1, or a stage that would get no step.
     """
-    if not math.isclose(math.fsum(shares), 1, abs_tol=1e-3):
-        raise ValueError(f"expected shares that sum to 1, found {math.fsum(shares):.4f}")
+    check_shares(shares)
     ends = [round(total * math.fsum(shares[: index + 1]) / multiple) * multiple for index in range(len(shares))]
     ends[-1] = total
     counts = tuple(end - begin for begin, end in zip((0, *ends), ends, strict=False))
     if min(counts) < 1:
-        raise ValueError(f"expected a step at least in each stage, found {counts} of {total}")
+        raise UsageError(
+            f"EMO's schedule: expected a step at least in each stage, found {counts} of {total} steps; give each stage more"
+        )
     return counts
