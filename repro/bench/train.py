@@ -1,7 +1,8 @@
 """How fast training is, by size of the model, and how little a step slows as experts are added.
 
 - for each size: tokens/s, model FLOPs utilisation, peak memory, and the share of a step that the optimizer takes
-- for each number of experts at fixed k: the step's time against that of the fewest experts, side by side
+- for each number of experts at fixed k: the step's time against that of the fewest experts, side by side, and what it is
+  made of: data, forward and backward (the experts' GEMMs alone beside it), optimizer
 
 Model FLOPs are those of `repro.model.accounting`; utilisation is their rate over the rate of one large square GEMM in the
 same precision, measured in the same run. Ratios are taken within a round, whose order alternates, and given as the median
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +23,7 @@ from records.errors import UsageError
 from repro.data.batches import Batches
 from repro.data.corpus import load
 from repro.environment import set_deterministic
-from repro.model import ModelConfig, Transformer, accounting
+from repro.model import ModelConfig, ModelOutput, Transformer, accounting
 from repro.train import Mechanism, TrainConfig, make_optimizer, training_step
 
 _NANO = ModelConfig(d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128)
@@ -33,7 +35,8 @@ _SIZES: dict[str, dict[str, tuple[ModelConfig, int]]] = {
     "cpu": {"nano": (_NANO, 8), "micro": (_MICRO, 16)},
     "cuda": {"nano": (_NANO, 8), "small": (_SMALL, 32)},
 }
-_CURVE = {"cpu": (_NANO, 8, (4, 8, 16, 32, 64)), "cuda": (_SMALL, 32, (8, 16, 32, 64, 128, 256))}
+_COUNTS = (8, 16, 32, 64, 128, 256)
+_CURVE = {"cpu": (_NANO, 8, _COUNTS), "cuda": (_SMALL, 32, _COUNTS)}
 
 
 def measure(*, device: str = "cpu", rounds: int = 5, steps: int = 10) -> dict[str, Any]:
@@ -81,19 +84,23 @@ def measure(*, device: str = "cpu", rounds: int = 5, steps: int = 10) -> dict[st
 
 
 def _expert_curve(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Step time against the number of experts at fixed k, relative to the fewest, within each round."""
+    """Step time against the number of experts at fixed k, relative to the fewest, within each round; and its parts."""
     config, batch, counts = _CURVE[device]
     trainers = {count: _Trainer(replace(config, num_experts=count), batch, device) for count in counts}
     times: dict[int, list[float]] = {count: [] for count in counts}
+    parts: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for number in range(rounds):
         for count in counts if number % 2 else reversed(counts):
             times[count].append(trainers[count].seconds(steps))
+            parts[count].append(trainers[count].parts(steps))
     first = times[counts[0]]
     return [
         {
             "num_experts": count,
             "seconds_a_step": _spread(times[count]),
             "ratio": _spread([a / b for a, b in zip(times[count], first, strict=True)]),
+            "parts": {name: statistics.median(part[name] for part in parts[count]) for name in parts[count][0]},
+            "parameters": accounting(trainers[count].model.config).total,
         }
         for count in counts
     ]
@@ -110,11 +117,50 @@ class _Trainer:
         self.tokens = batch * config.context
         self._batches = Batches(data=load("stdlib").train, batch=batch, context=config.context, seed=0)
         self._device, self._step = device, 0
+        self._operands: dict[tuple[int, ...], torch.Tensor] = {}
         self.seconds(3)  # allocations, and on a GPU compilation, happen here
 
     def seconds(self, steps: int) -> float:
         """Seconds a step, batches included."""
         return _timed(self._device, lambda: self._train(steps)) / steps
+
+    def parts(self, steps: int) -> dict[str, float]:
+        """Seconds a step of making the batch, of forward and backward, of the update, and of the experts' GEMMs alone."""
+        spent = dict.fromkeys(("data", "forward_backward", "optimizer"), 0.0)
+        for _ in range(steps):
+            marks = [_now(self._device)]
+            tokens_BS, targets_BS = self._batch()
+            marks.append(_now(self._device))
+            self._update(tokens_BS, targets_BS, look=partial(self._mark, marks))
+            marks.append(_now(self._device))
+            for name, begin, end in zip(spent, marks, marks[1:], strict=False):
+                spent[name] += (end - begin) / steps
+        gemms = _timed(self._device, lambda: self._expert_gemms(steps)) / steps
+        return spent | {"expert_gemms": gemms}
+
+    def _mark(self, marks: list[float], _: ModelOutput) -> None:
+        marks.append(_now(self._device))
+
+    def _expert_gemms(self, steps: int) -> None:
+        """The six products of each layer's experts, forward and backward, at an even load and with nothing around them."""
+        config = self.model.config
+        rows = max(1, self.tokens * config.top_k // config.num_experts)
+        shapes = ((config.d_model, 2 * config.d_expert), (config.d_expert, config.d_model))
+        for _ in range(steps * config.moe_layers):
+            for fan_in, fan_out in shapes:
+                x_ENI, w_EIO, dy_ENO = (
+                    self._operand(config.num_experts, *shape)
+                    for shape in ((rows, fan_in), (fan_in, fan_out), (rows, fan_out))
+                )
+                torch.bmm(x_ENI, w_EIO)
+                torch.bmm(dy_ENO, w_EIO.transpose(1, 2))
+                torch.bmm(x_ENI.transpose(1, 2), dy_ENO)
+
+    def _operand(self, *shape: int) -> torch.Tensor:
+        if shape not in self._operands:
+            dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+            self._operands[shape] = torch.randn(shape, dtype=dtype, device=self._device)
+        return self._operands[shape]
 
     def optimizer_seconds(self, steps: int) -> float:
         """Seconds of the optimizer's part of a step, on the gradients at hand."""
@@ -122,24 +168,34 @@ class _Trainer:
 
     def _train(self, steps: int) -> None:
         for _ in range(steps):
-            tokens_BS, targets_BS = (part.to(self._device) for part in self._batches.at(self._step))
-            training_step(
-                self.model, self.optimizer, self.train, tokens_BS, targets_BS, Mechanism(), self._step, seed=0
-            )
-            self._step += 1
+            self._update(*self._batch())
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens_BS, targets_BS = (part.to(self._device) for part in self._batches.at(self._step))
+        return tokens_BS, targets_BS
+
+    def _update(
+        self, tokens_BS: torch.Tensor, targets_BS: torch.Tensor, look: Callable[[ModelOutput], None] | None = None
+    ) -> None:
+        training_step(
+            self.model, self.optimizer, self.train, tokens_BS, targets_BS, Mechanism(), self._step, seed=0, look=look
+        )
+        self._step += 1
+
+
+def _now(device: str) -> float:
+    """The clock that `_timed` reads."""
+    if device == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _timed(device: str, work: Callable[[], object]) -> float:
     """Seconds that `work` takes: of this thread on a CPU, so that other processes' turns do not count."""
-    if device == "cpu":
-        began = time.thread_time()
-        work()
-        return time.thread_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = _now(device)
     work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return _now(device) - began
 
 
 def _gemm_rate(device: str) -> float:

@@ -3,7 +3,7 @@
 - `load`: files to evidence by (arm, seed), and the faults found; no torch, no clock, nothing trusted
 - a chain starts from the plan's digest and the segment's; an arm's measures from its last segment's chain
 - metrics that follow from what is there are added: `time/seconds` and `time/work`, the measured training time of all the
-  arm's segments (bound by the manifest, outside the chains, never the same twice), and `recovery/steps`, for arms of several
+  arm's segments (bound by the manifest, outside the chains, never the same twice), and `recovery/…`, for arms of several
 """
 
 import itertools
@@ -257,7 +257,10 @@ def _recovery(job: ArmJob, losses: Mapping[str, list[tuple[int, float]]]) -> dic
                 steps = window[0][0]
                 break
         worst = max(worst or 0, steps)
-    return {} if worst is None else {"recovery/steps": str(worst)}
+    if worst is None:
+        return {}
+    steps = sum(segment.config["train"]["steps"] for segment in job.segments)
+    return {"recovery/steps": str(worst), "recovery/share": decimal_string(worst / steps)}
 
 
 def _seconds(job: ArmJob, files: Mapping[str, bytes]) -> dict[str, str]:

@@ -19,6 +19,10 @@ def test_every_figure_is_there_and_the_fewest_experts_are_the_unit(monkeypatch):
     assert 0 < size["flops_utilisation"] < 1
     assert [row["num_experts"] for row in result["experts"]] == [2, 4]
     assert result["experts"][0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    for row in result["experts"]:
+        assert set(row["parts"]) == {"data", "forward_backward", "optimizer", "expert_gemms"}
+        assert all(seconds > 0 for seconds in row["parts"].values())
+        assert row["parts"]["forward_backward"] > row["parts"]["expert_gemms"]
 
 
 def test_a_device_that_is_not_there():
