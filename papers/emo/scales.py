@@ -57,16 +57,19 @@ class Setting:
             )
 
 
+TEXT = "file:text"
+"""Where `base` and `paper` look for text of their size: a file or folder `text` where the run starts."""
+
 _PAPER = Setting(
     model=ModelConfig(
         d_model=2048, d_expert=768, num_layers=16, num_heads=16, num_experts=128, top_k=8, context=8192, score="sigmoid",
         selection_bias=True, d_shared=768,
     ),
     train=TrainConfig(
-        steps=240_000, batch=1024, context=8192, lr=9e-4, warmup=2_000, decay=0.1, weight_decay=0.05, bias_rate=1e-3,
+        steps=240_000, batch=1024, context=8192, epochs=1, lr=9e-4, warmup=2_000, decay=0.1, weight_decay=0.05, bias_rate=1e-3,
         precision="bfloat16", trace_every=100, hash_every=10_000, checkpoint_every=2_000, probe_every=4_000,
     ),
-    stages=STAGES, shares=law.printed(5), jump=(16, 32), rewarm=500, corpus="stdlib", seeds=3, eval_tokens=8_388_608,
+    stages=STAGES, shares=law.printed(5), jump=(16, 32), rewarm=500, corpus=TEXT, seeds=3, eval_tokens=8_388_608,
 )  # fmt: skip
 
 SETTINGS = {
@@ -98,7 +101,7 @@ SETTINGS = {
             selection_bias=True, d_shared=192,
         ),
         train=TrainConfig(
-            steps=2_800, batch=32, context=512, lr=2e-3, warmup=100, decay=0.1, weight_decay=0.05, bias_rate=1e-3,
+            steps=2_640, batch=32, context=512, epochs=4, lr=2e-3, warmup=100, decay=0.1, weight_decay=0.05, bias_rate=1e-3,
             precision="bfloat16", trace_every=20, hash_every=200, checkpoint_every=200, probe_every=100,
         ),
         stages=STAGES, shares=law.printed(5), jump=(16, 32), rewarm=20, corpus="stdlib", seeds=3, eval_tokens=524_288,

@@ -195,6 +195,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     shared = f" ({cost.tokens_alone:,} if no arm shared a segment)" if cost.tokens_alone > cost.tokens else ""
     print(f"tokens    {cost.tokens:,}{shared}, {cost.flops:.3g} floating-point operations")
     print(f"estimate  {_duration(cost.seconds)} with {cost.workers} workers, {cost.memory / 2**30:.1f} GiB of memory")
+    if plan["scale"] in ("small", "base", "paper") and plan["environment"]["device"] == "cpu":
+        gpu = estimate(plan, workers=1, device="cuda")
+        print(f"          {_duration(gpu.seconds)} of one GPU's time, at a rate that is assumed and was not measured")
     return 0
 
 

@@ -71,7 +71,7 @@ class Corpus:
 
 
 class NotPreparedError(UsageError):
-    """A corpus that `repro data prepare` has not made on this machine."""
+    """A corpus that is not on this machine: a file that is not there, or what `repro data prepare` has not made yet."""
 
 
 @lru_cache(maxsize=4)
@@ -100,7 +100,7 @@ def load(name: str) -> Corpus:
                 return _by_document(name, (file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()))
             return _single_file(name, path.read_bytes())
         except OSError as error:
-            raise UsageError(f"corpus {name}: cannot read {error.filename or path}: {error.strerror}") from error
+            raise NotPreparedError(f"corpus {name}: cannot read {error.filename or path}: {error.strerror}") from error
     if kind == "synthetic":
         if rest and not rest.isdecimal():
             raise UsageError(f"corpus {name}: expected synthetic:SEED with a whole number, found {rest!r}")

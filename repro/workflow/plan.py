@@ -383,15 +383,20 @@ class Estimate:
     workers: int
 
 
-def estimate(plan: Mapping[str, Any], *, workers: int, wanted: Sequence[ArmJob] | None = None) -> Estimate:
-    """Cost of a plan, or of the `wanted` arms of it, from FLOP accounting and a rate measured on the scale's hardware."""
+def estimate(
+    plan: Mapping[str, Any], *, workers: int, wanted: Sequence[ArmJob] | None = None, device: str | None = None
+) -> Estimate:
+    """Cost of a plan, or of the `wanted` arms of it, from FLOP accounting and a rate measured on the scale's hardware.
+
+    `device` is asked about another device, cpu or cuda, than the plan's own.
+    """
     from repro.cost import TASK_SECONDS, measure_seconds, peak_memory, step_seconds
     from repro.model import ModelConfig, accounting
 
     arms = jobs(plan) if wanted is None else wanted
     unique = {segment.digest: segment for arm in arms for segment in arm.segments}
     measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
-    device = plan["environment"]["device"]
+    device = device or plan["environment"]["device"]
     seconds, flops, memory = TASK_SECONDS * (len(unique) + len(arms)), 0.0, 0
     for segment in unique.values():
         model = decode(ModelConfig, segment.config["model"])

@@ -17,7 +17,7 @@ from repro.model import accounting
 from repro.moe import TopK
 from repro.trace import check_chain, genesis
 from repro.train import Parent, train_segment
-from repro.workflow.plan import jobs, make_plan
+from repro.workflow.plan import at_hand, estimate, jobs, make_plan
 
 STAGES = (8, 16, 32, 64, 128)
 ACTIVE = 1.1e9  # EMO's active parameters
@@ -225,3 +225,17 @@ def test_copies_are_watched_and_idle_experts_get_nothing(tmp_path):
             assert cosines[-1] < 0.9999
         else:
             assert all(sum(probe["load"][0][4:]) == 0 and sum(probe["load"][0][:4]) > 0 for probe in probes)
+
+
+@pytest.mark.parametrize("scale", ["small", "base", "paper"])
+def test_large_scales_are_planned_with_their_cost_and_no_text(scale, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan("emo", scale=scale, dry=True)
+    assert at_hand(plan) is (scale == "small")
+    cost = estimate(plan, workers=1, device="cuda")
+    assert cost.tokens < 0.75 * cost.tokens_alone
+    segments = [segment for arm in plan["arms"] for segment in arm["segments"]]
+    assert {segment["model"]["num_experts"] for segment in segments} == set(STAGES)
+    if scale != "small":
+        with pytest.raises(UsageError, match="corpus file:text: cannot read text"):
+            make_plan("emo", scale=scale)
