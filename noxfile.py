@@ -70,6 +70,20 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def formats(session: nox.Session) -> None:
+    """Every published bundle as an RO-Crate, and CITATION.cff, by the validators of others, in an environment of their own."""
+    own = ROOT / ".nox" / "formats"
+    python = str(own / BIN.name / "python")
+    session.run(sys.executable, "-m", "venv", "--clear", str(own))
+    session.run(python, "-m", "pip", "install", "--quiet", "--editable", ".", "pyyaml", "roc-validator==0.13.0",
+                "rocrate==0.13.0", external=True)  # fmt: skip
+    session.run(python, "-m", "pip", "install", "--quiet", "--no-deps", "cffconvert==2.0.0", external=True)
+    bundles = sorted(map(str, ROOT.glob("papers/*/replications/*.repro.zip")))
+    session.run(python, "tests/formats/crates.py", *(session.posargs or bundles), external=True)
+    session.run(python, "tests/formats/citation.py", external=True)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Speed ratios, measured side by side."""
     _install(session)

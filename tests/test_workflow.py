@@ -470,6 +470,11 @@ def test_a_manifest_lists_every_file(bundle):
     listed = json.loads(bundle["manifest.json"])["files"]
     assert set(listed) == set(bundle) - {"manifest.json", "statement.dsse.json"}
     assert build_manifest(bundle) == bundle["manifest.json"]
-    crate = json.loads(bundle["ro-crate-metadata.json"])
-    parts = {part["@id"] for item in crate["@graph"] if item["@id"] == "./" for part in item["hasPart"]}
-    assert parts == set(listed) - {"ro-crate-metadata.json", PUBLIC_KEY}
+    crate = {item["@id"]: item for item in json.loads(bundle["ro-crate-metadata.json"])["@graph"]}
+    assert {part["@id"] for part in crate["./"]["hasPart"]} == set(bundle) - {"ro-crate-metadata.json"}
+    action, code = crate["#run"], json.loads(bundle["run.json"])["code"]
+    assert (action["@type"], action["object"]) == ("CreateAction", {"@id": "plan.json"})
+    assert {part["@id"] for part in action["result"]} >= {"outcome.json", "report.html", "run.json"}
+    assert code["sha256"] in action["instrument"]["@id"]
+    assert crate[action["instrument"]["@id"]]["softwareVersion"].startswith(f"{code['version']}+{code['commit']}")
+    assert all(part["@id"] in crate for part in (*action["result"], *crate["./"]["hasPart"]))

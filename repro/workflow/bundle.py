@@ -50,7 +50,7 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
     files |= read_directory(folder)
     subject_name, subject_sha256, paper_files = _subject(plan["paper"])
     files |= paper_files
-    files[RO_CRATE] = ro_crate(plan, files, finished_at=finished_at)
+    files[RO_CRATE] = ro_crate(plan, run, files, signed=key is not None)
     predicate = {
         "schema": "repro.replication/v1",
         "paper": plan["paper"],
