@@ -37,7 +37,7 @@ from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
 from repro.experiment import Arm, Curve, Design, Figure
 from repro.model import ModelOutput, Transformer, accounting
-from repro.moe import MoE, RoutingRule, TopK
+from repro.moe import MoE, RouterOutput, RoutingRule, TopK, balance_loss
 from repro.moe.growth import Growth
 from repro.train import Mechanism, Segment
 
@@ -65,13 +65,25 @@ class FirstExperts:
 
 
 class Unused(Mechanism):
-    """Routes to the first experts alone."""
+    """Routes to the first experts alone, and balances these as if there were no others."""
 
-    def __init__(self, rule: FirstExperts) -> None:
-        self._rule = rule
+    def __init__(self, rule: FirstExperts, balance: float) -> None:
+        self._rule, self._balance = rule, balance
 
     def rule(self, step: int, seed: int) -> RoutingRule:
         return self._rule
+
+    def loss(self, output: ModelOutput) -> Tensor:
+        count = self._rule.count
+        used = [
+            RouterOutput(
+                router.logits_TE[:, :count],
+                router.scores_TE[:, :count],
+                replace(router.routing, num_experts=count, by_expert=router.routing.by_expert[: count + 1]),
+            )
+            for router in output.routers
+        ]
+        return self._balance * torch.stack([balance_loss(router) for router in used]).mean()
 
 
 class Watched(Mechanism):
@@ -92,9 +104,9 @@ class Watched(Mechanism):
 
 
 def mechanism(config: Mapping[str, Any]) -> Mechanism:
-    """Data of the form {"first": count, "k": k} for arms whose later experts are never used, {"watch": "twins"} for copies."""
+    """From {"first": count, "k": k, "balance": weight} for arms whose later experts are never used, {"watch": …} for copies."""
     if "first" in config:
-        return Unused(FirstExperts(k=config["k"], count=config["first"]))
+        return Unused(FirstExperts(k=config["k"], count=config["first"]), balance=float(config["balance"]))
     return Watched() if "watch" in config else Mechanism()
 
 
@@ -116,7 +128,8 @@ def design(scale: str) -> Design:
         "h2": law.shares_by_total(stages, active),
     }
     few = setting.jump[0]
-    idle: dict[str, Any] = {"mechanism": {"first": few, "k": setting.model.top_k}, "inherit": "all", "rewarm": 0}
+    unused = {"first": few, "k": setting.model.top_k, "balance": setting.train.balance}
+    idle: dict[str, Any] = {"mechanism": unused, "inherit": "all", "rewarm": 0, "balance": 0.0, "bias_rate": 0.0}
     watched = {"watch": "twins"}
     clock_stages = setting.clock_stages or stages
     clock = replace(
@@ -197,11 +210,12 @@ def _arm(
     rewarm: int | None = None,
     freeze: tuple[str, ...] = (),
     mechanism: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Arm:
     """An arm of stages with these shares of the tokens; only the last one's learning rate decays, over a share of all steps.
 
-    What is given by name holds for the stages after the first. A first stage that others follow is cut at each quarter of
-    the tokens, so that arms which grow later share the steps before.
+    What is given by name holds for the stages after the first, `changes` for their training. A first stage that others
+    follow is cut at each quarter of the tokens, so that arms which grow later share the steps before.
     """
     total = setting.train.steps
     steps = law.steps(shares, total, multiple=setting.train.trace_every)
@@ -217,7 +231,7 @@ def _arm(
             if grows:
                 warmup = setting.rewarm if rewarm is None else rewarm
             train = replace(
-                setting.train,
+                replace(setting.train, **changes) if grows else setting.train,
                 steps=piece,
                 first_step=done,
                 schedule="wsd" if last else "constant",

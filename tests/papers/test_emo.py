@@ -9,12 +9,13 @@ from command_line import repro
 import papers.emo as emo
 from papers.emo import law
 from records.errors import UsageError
+from repro.config import encode
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.experiment import load_claims
-from repro.model import accounting
-from repro.moe import TopK
+from repro.model import Transformer, accounting
+from repro.moe import TopK, balance_loss
 from repro.trace import check_chain, genesis
 from repro.train import Parent, train_segment
 from repro.workflow.plan import at_hand, estimate, jobs, make_plan
@@ -167,6 +168,32 @@ def test_shared_prefixes_are_trained_once():
         assert by_arm["at50"][:2] == by_arm[arm][:2]
     assert by_arm["at75"][:3] == by_arm["idle75"][:3]
     assert len({digests[-1] for digests in by_arm.values()}) == len(by_arm)
+
+
+def test_an_idle_model_trains_as_the_one_that_never_grew():
+    """Same text, same weights in the experts that are used: loss, balance and gradients are those of the small model."""
+    setting = emo.SETTINGS["smoke"]
+    small, large = (Transformer(replace(setting.model, num_experts=experts)) for experts in (4, 16))
+    for model in (small, large):
+        model.init_weights(0)
+    tokens_BS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    idle = {arm.id: arm for arm in emo.design("smoke").arms}["idle50"].segments[-1]
+    assert (idle.train.balance, idle.train.bias_rate) == (0, 0)
+    found = []
+    for model, mechanism, weight in (
+        (small, emo.Mechanism(), setting.train.balance),
+        (large, emo.mechanism(encode(idle.mechanism)), 0.0),
+    ):
+        output = model(tokens_BS, rule=mechanism.rule(0, 0))
+        loss = output.logits_BSV.square().mean() + weight * balance_loss(output.routers[0])
+        extra = mechanism.loss(output)
+        (loss if extra is None else loss + extra).backward()
+        layer = model.blocks[0].ffn
+        found.append((loss.detach(), layer.router_ED.grad[:4], layer.w_up_EDF.grad[:4]))
+    (_, *first), (_, *second) = found
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+    assert large.blocks[0].ffn.router_ED.grad[4:].abs().max() == 0
 
 
 def test_every_claim_finds_its_arms_in_the_design():
