@@ -8,7 +8,15 @@ from typing import Any, Final, Literal
 
 Status = Literal["pass", "fail", "skip"]
 State = Literal["trusted", "valid", "invalid", "malformed", "indeterminate"]
-Kind = Literal["pith_record", "pith_bundle", "pith_state", "replication_bundle", "inclusion_proof"]
+Kind = Literal[
+    "pith_record",
+    "pith_bundle",
+    "pith_state",
+    "replication_bundle",
+    "inclusion_proof",
+    "audit_statement",
+    "signed_plan",
+]
 Source = Literal["pinned", "file", "document", "none"]
 
 SCHEMA: Final = "repro.verify/v1"
@@ -24,6 +32,8 @@ _PROOF: Final[dict[Kind, frozenset[str]]] = {
     "pith_state": frozenset({"canonical_hash", "pith_number"}),
     "replication_bundle": frozenset({"verdicts"}),
     "inclusion_proof": frozenset({"evidence_tree"}),
+    "audit_statement": frozenset({"envelope_signature"}),
+    "signed_plan": frozenset({"envelope_signature"}),
 }
 _SIGNED: Final = frozenset({"receipt_signature", "envelope_signature"})
 

@@ -1,11 +1,9 @@
-"""Commands of the replicator and the auditor: papers, claims, plan, run, judge, report, bundle, audit, env."""
+"""Commands of the replicator: papers, claims, plan, run, judge, report, bundle, env."""
 
 import argparse
 import json
 import os
-import secrets
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,19 +61,6 @@ def add_parser(commands: Subparsers) -> None:
     command.add_argument("--key", type=Path, metavar="FILE", help="private key made by `repro keys new`")
     command.set_defaults(func=_bundle)
 
-    command = commands.add_parser("audit", help="verify a bundle, then execute arms of it again, drawn by you")
-    command.add_argument("file", type=Path, metavar="FILE", help="a replication bundle (zip or folder)")
-    command.add_argument("--arms", type=_positive, default=1, metavar="N", help="arms and seeds to draw (default: 1)")
-    command.add_argument(
-        "--seed", type=int, metavar="S", help="of the draw (default: from the system's random numbers)"
-    )
-    command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N")
-    command.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="the public checkpoint that the plan starts from"
-    )
-    command.add_argument("--json", action="store_true", help="one JSON object")
-    command.set_defaults(func=_audit)
-
     command = commands.add_parser("env", help="versions, device and code that a run here would record")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.set_defaults(func=_env)
@@ -90,7 +75,7 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
     )
     command.add_argument(
         "--checkpoint",
@@ -100,7 +85,8 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an option gives it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
     return int(text)
@@ -194,14 +180,15 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"reuse     {arm}: {epochs:.2f} epochs of {unique:,} unique tokens")
     shared = f" ({cost.tokens_alone:,} if no arm shared a segment)" if cost.tokens_alone > cost.tokens else ""
     print(f"tokens    {cost.tokens:,}{shared}, {cost.flops:.3g} floating-point operations")
-    print(f"estimate  {_duration(cost.seconds)} with {cost.workers} workers, {cost.memory / 2**30:.1f} GiB of memory")
+    print(f"estimate  {duration(cost.seconds)} with {cost.workers} workers, {cost.memory / 2**30:.1f} GiB of memory")
     if plan["scale"] in ("small", "base", "paper") and plan["environment"]["device"] == "cpu":
         gpu = estimate(plan, workers=1, device="cuda")
-        print(f"          {_duration(gpu.seconds)} of one GPU's time, at a rate that is assumed and was not measured")
+        print(f"          {duration(gpu.seconds)} of one GPU's time, at a rate that is assumed and was not measured")
     return 0
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -265,7 +252,7 @@ def _announce(arguments: argparse.Namespace, plan: Mapping[str, Any], folder: Pa
     from repro.workflow.plan import estimate, plan_digest
 
     seconds = estimate(plan, workers=arguments.workers).seconds
-    print(f"plan {plan_digest(plan)[:16]}…, about {_duration(seconds)}, in {folder}", file=sys.stderr)
+    print(f"plan {plan_digest(plan)[:16]}…, about {duration(seconds)}, in {folder}", file=sys.stderr)
     for warning in plan["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -335,52 +322,6 @@ def _bundle(arguments: argparse.Namespace) -> int:
     signed = f"signed with {key.key_id}" if key else "not signed (no --key)"
     print(f"{arguments.output}: {len(files)} files, {signed}")
     return 0
-
-
-def _audit(arguments: argparse.Namespace) -> int:
-    from records.keys import pinned
-    from records.package import read_bundle
-    from records.replication import PLAN
-    from repro.cli.progress import reporter
-    from repro.workflow import audit
-    from repro.workflow.bundle import sound
-    from repro.workflow.plan import estimate, parse_plan, plan_digest
-    from repro.workflow.run import execute_jobs
-
-    files = read_bundle(arguments.file)
-    sound(files, target=str(arguments.file), trusted=pinned())
-    plan = parse_plan(files[PLAN], name=PLAN)
-    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    wanted = audit.draw(plan, arms=arguments.arms, seed=seed)
-    differing = audit.mismatches(plan, wanted, arguments.checkpoint)
-    cost = estimate(plan, workers=arguments.workers, wanted=wanted)
-    drawn = ", ".join(f"{job.arm} seed {job.seed}" for job in wanted)
-    print(f"verified; draw {seed}: {drawn}; about {_duration(cost.seconds)}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="repro-audit-") as folder:
-        with reporter() as progress:
-            execute_jobs(
-                plan,
-                Path(folder),
-                wanted,
-                workers=arguments.workers,
-                reporter=progress,
-                checkpoint=arguments.checkpoint,
-            )
-        audited = audit.compare(plan, wanted, files, Path(folder), exact=not differing)
-    if arguments.json:
-        outcome = audit.result(audited, differing=differing, seed=seed, plan_sha256=plan_digest(plan))
-        print(json.dumps(outcome))
-        return audit.exit_code(audited)
-    if differing:
-        tolerance = plan["tolerance"]["loss"]
-        print(f"not the plan's here: {', '.join(differing)}; losses may differ by {tolerance} nats")
-    else:
-        print("environment, code and corpora are the plan's: every chain has to be the same bytes")
-    for arm in audited:
-        print(
-            f"{arm.agreement.replace('_', ' '):17} {arm.arm} seed {arm.seed} (largest difference {arm.difference:.3g})"
-        )
-    return audit.exit_code(audited)
 
 
 def _env(arguments: argparse.Namespace) -> int:

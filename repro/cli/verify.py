@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from records.keys import KeySet
     from records.report import Verification
     from records.resolver import Resolver
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 _LEGEND = """TARGET is one of
   a Pith number (full, or its first 8, 12 or 16 characters), arxiv:ID[vN], doi:10.48550/arxiv.ID
   a JSON file of Pith's (record, bundle, state, graph, key, mirror manifest), or - for standard input
-  a replication bundle (zip or folder), or a proof of one piece of it (repro prove)
+  a replication bundle (zip or folder), a proof of one piece of it (repro prove), or an audit of it:
+    given together, what the audits say of the bundle is shown, too
   https://…"""
 _COLOURS = {"trusted": "32", "valid": "32", "invalid": "31", "malformed": "31", "indeterminate": "33",
             "pass": "32", "fail": "31", "skip": "2"}  # fmt: skip
@@ -57,6 +60,16 @@ def add_parser(subparsers: Any) -> None:
     command.set_defaults(func=run)
 
 
+@dataclass(kw_only=True)
+class _Seen:
+    """What the targets so far are needed for together: bundles of Pith to merge, replications, and audits of them."""
+
+    keep_bundles: bool
+    bundles: list[Any] = field(default_factory=list)
+    replications: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    audits: list[bytes] = field(default_factory=list)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Verify every target; the exit code is the worst of them."""
     from records.canonical import MAX_BYTES
@@ -81,10 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
         allow_rollback=arguments.allow_rollback,
     )
     codes: list[int] = []
-    bundles: list[Any] = []
+    seen = _Seen(keep_bundles=arguments.state is not None)
     for target in arguments.targets:
         try:
-            found, code = _verify(target, resolver, bundles if arguments.state is not None else None)
+            found, code = _verify(target, resolver, seen)
         except ReproError as error:
             # Only a request that cannot be carried out ends here: what was read always gives a verification.
             print(f"repro: error: {error}", file=sys.stderr)
@@ -95,24 +108,25 @@ def run(arguments: argparse.Namespace) -> int:
         codes.append(code)
         _show(found, arguments, code)
     if arguments.state is not None:
-        codes.append(_compare(arguments.state, bundles, max_bytes))
+        codes.append(_compare(arguments.state, seen.bundles, max_bytes))
+    codes += _merge_audits(seen, trusted, as_json=arguments.json)
     return worst_exit_code(codes)
 
 
-def _verify(target: str, resolver: "Resolver", bundles: list[Any] | None) -> "tuple[Verification, int]":
+def _verify(target: str, resolver: "Resolver", seen: "_Seen") -> "tuple[Verification, int]":
     """The verification of one target, and its exit code."""
     from records.errors import IndeterminateError, NetworkError
     from records.report import Check, Verification
 
     try:
-        found = _dispatch(target, resolver, bundles)
+        found = _dispatch(target, resolver, seen)
     except (IndeterminateError, NetworkError) as error:
         check = Check(code="pith_number", status="skip", detail=str(error))
         return Verification(target=target, kind="pith_record", checks=(check,)), error.exit_code
     return found, found.exit_code
 
 
-def _dispatch(target: str, resolver: "Resolver", bundles: list[Any] | None) -> "Verification":
+def _dispatch(target: str, resolver: "Resolver", seen: "_Seen") -> "Verification":
     from records.errors import UsageError
     from records.number import parse_reference
 
@@ -126,40 +140,42 @@ def _dispatch(target: str, resolver: "Resolver", bundles: list[Any] | None) -> "
             from records.errors import NetworkError
 
             raise NetworkError(f"{target[:200]} answers HTTP {answer.status}; check the address")
-        return _document(answer.body, target, resolver, bundles, from_network=True)
+        return _document(answer.body, target, resolver, seen, from_network=True)
     path = Path(target)
     if target == "-":
-        return _document(sys.stdin.buffer.read(resolver.client.max_bytes + 1), target, resolver, bundles)
+        return _document(sys.stdin.buffer.read(resolver.client.max_bytes + 1), target, resolver, seen)
     if scheme not in ("pith", "arxiv", "doi") and (path.exists() or "/" in target or path.suffix):
         if path.is_dir():
-            return _bundle(path, target, resolver)
+            return _bundle(path, target, resolver, seen)
         try:
             with path.open("rb") as file:
                 head = file.read(4)
                 data = b"" if head == b"PK\x03\x04" else head + file.read(resolver.client.max_bytes + 1)
         except OSError as error:
             raise UsageError(f"cannot read {target}: {error.strerror or error}") from None
-        return _bundle(path, target, resolver) if not data else _document(data, target, resolver, bundles)
+        return _bundle(path, target, resolver, seen) if not data else _document(data, target, resolver, seen)
     return resolver.verify(parse_reference(target), target=target)
 
 
 def _document(
-    data: bytes, target: str, resolver: "Resolver", bundles: list[Any] | None, *, from_network: bool = False
+    data: bytes, target: str, resolver: "Resolver", seen: "_Seen", *, from_network: bool = False
 ) -> "Verification":
     from records.resolver import Candidate
 
     if data.startswith(b"PK\x03\x04"):
-        return _bundle(data, target, resolver)
+        return _bundle(data, target, resolver, seen)
     if b'"repro.inclusion/' in data:
         from repro.workflow import prove
 
         return prove.verify(data, target=target, trusted=resolver.trusted)
+    if b'"payloadType"' in data and (signed := _envelope(data, target, resolver, seen)):
+        return signed
     candidate = Candidate(data=data, origin=target, from_network=from_network)
     found = resolver.check(candidate, asked=_asked_by_url(target) if from_network else None, target=target)
-    if bundles is not None and found.kind == "pith_bundle":
+    if seen.keep_bundles and found.kind == "pith_bundle":
         from records.canonical import loads
 
-        bundles.append(loads(data, max_bytes=resolver.client.max_bytes))
+        seen.bundles.append(loads(data, max_bytes=resolver.client.max_bytes))
     return found
 
 
@@ -173,7 +189,7 @@ def _asked_by_url(url: str) -> Any:
     return parse_reference(f"pith:{match[1]}") if match else None
 
 
-def _bundle(source: Path | bytes, target: str, resolver: "Resolver") -> "Verification":
+def _bundle(source: Path | bytes, target: str, resolver: "Resolver", seen: "_Seen") -> "Verification":
     from records.errors import MalformedError
     from records.package import STATEMENT, read_bundle
     from records.report import Check, Verification
@@ -189,7 +205,54 @@ def _bundle(source: Path | bytes, target: str, resolver: "Resolver") -> "Verific
         return Verification(target=target, kind="replication_bundle", checks=(check,))
     from repro.workflow import verify_bundle
 
-    return verify_bundle(files, target=target, trusted=resolver.trusted)
+    found = verify_bundle(files, target=target, trusted=resolver.trusted)
+    if found.exit_code == 0:
+        seen.replications[target] = files
+    return found
+
+
+def _envelope(data: bytes, target: str, resolver: "Resolver", seen: "_Seen") -> "Verification | None":
+    """The verification of a signed statement of ours that stands alone; None where it is none."""
+    from records import audit
+    from records.errors import MalformedError
+    from records.statement import open_envelope
+
+    try:
+        envelope = open_envelope(data)
+    except MalformedError:
+        return None
+    if not audit.is_audit(envelope):
+        return None
+    seen.audits.append(data)
+    return audit.verify_audit(data, target=target, trusted=resolver.trusted)
+
+
+def _merge_audits(seen: "_Seen", trusted: "KeySet", *, as_json: bool) -> list[int]:
+    """What the audits among the targets say of the replications among them; an exit code a replication audited."""
+    if not seen.audits or not seen.replications:
+        return []
+    from contextlib import nullcontext, redirect_stdout
+
+    from records.audit import read_audit
+    from records.canonical import sha256_hex
+    from records.errors import ReproError
+    from records.package import MANIFEST
+    from repro.cli.evidence import merge, show_merged
+
+    codes = []
+    for target, files in seen.replications.items():
+        linked = []
+        for data in seen.audits:
+            try:
+                if read_audit(data).manifest_sha256 == sha256_hex(files[MANIFEST]):
+                    linked.append(data)
+            except ReproError:
+                continue  # said already, where the statement itself was verified
+        if linked:
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                print(f"audits of {plain(target)}")
+                codes.append(show_merged(merge(files, linked, trusted)))
+    return codes
 
 
 def _compare(path: Path, bundles: list[Any], max_bytes: int) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError
 from repro.config import decimal_string
 from repro.judge import ArmEvidence
@@ -59,6 +60,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
     faults: list[str] = []
     missing: list[str] = []
     checked: dict[str, tuple[str, str, str] | None] = {}
+    traced: dict[str, SegmentJob] = {}
     losses: dict[str, list[tuple[int, float]]] = {}
     curves: dict[tuple[str, int], list[list[tuple[int, float]]]] = {}
     timed: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
@@ -78,6 +80,7 @@ def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:
                 entries, head = check_chain(files[name], genesis(digest, segment.digest), name=name)
                 lines += len(entries)
                 status = _check_segment(segment, entries, name)
+                _check_own(segment, entries, traced, name)
                 checked[segment.digest] = (status, head, entries[-1].get("weights", "")) if status else None
                 losses[segment.digest] = [(e["step"], float(e["loss"])) for e in entries if e.get("type") == "step"]
                 looks[segment.digest] = [(e["step"], _probe(e)) for e in entries if e.get("type") == "probe"]
@@ -139,6 +142,13 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
     if probed != _probes_planned(train):
         raise InvalidError(f"{name}: expected {_probes_planned(train)} probes, found {probed}")
     return "complete"
+
+
+def _check_own(segment: SegmentJob, entries: list[dict[str, Any]], traced: dict[str, SegmentJob], name: str) -> None:
+    """Two seeds see different text in a different order, so that no two traces of theirs are alike: one was copied."""
+    other = traced.setdefault(canonical.digest(entries), segment)
+    if other.seed != segment.seed and any("loss" in entry for entry in entries):
+        raise InvalidError(f"{name}: the trace of seed {segment.seed} is that of seed {other.seed}: one was copied")
 
 
 def _probes_planned(train: Mapping[str, Any]) -> int:

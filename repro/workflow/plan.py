@@ -330,8 +330,11 @@ class SegmentJob:
     @property
     def tokens(self) -> int:
         """Tokens that the segment trains on."""
-        train = self.config["train"]
-        return int(train["steps"] * train["batch"] * train["context"])
+        return self.tokens_to(self.config["train"]["steps"])
+
+    def tokens_to(self, step: int) -> int:
+        """Tokens that its first `step` steps train on."""
+        return int(step * self.config["train"]["batch"] * self.config["train"]["context"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,6 +374,60 @@ def jobs(plan: Mapping[str, Any]) -> list[ArmJob]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """The steps of an arm's segment from one committed weight hash to the next: after `first`, up to and with `last`.
+
+    `number` is the segment's place in the arm, from 0. To execute a stretch is to train all that lies before it, too: a
+    bundle holds hashes of weights and no weights.
+    """
+
+    job: ArmJob
+    number: int
+    first: int
+    last: int
+
+    @property
+    def segment(self) -> SegmentJob:
+        """The segment that the steps are of."""
+        return self.job.segments[self.number]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What two stretches share that are the same work, whichever arm they were found in."""
+        return self.segment.digest, self.last
+
+
+def stretches(plan: Mapping[str, Any]) -> list[Stretch]:
+    """Every stretch of a plan, each once, in the order of `jobs`."""
+    found: dict[tuple[str, int], Stretch] = {}
+    for job in jobs(plan):
+        for number, segment in enumerate(job.segments):
+            steps, every = segment.config["train"]["steps"], segment.config["train"]["hash_every"]
+            for first in range(0, steps, every):
+                stretch = Stretch(job=job, number=number, first=first, last=min(first + every, steps))
+                found.setdefault(stretch.key, stretch)
+    return list(found.values())
+
+
+def stops(wanted: Sequence[ArmJob], drawn: Sequence[Stretch]) -> dict[str, tuple[ArmJob, SegmentJob, int]]:
+    """Segments to train for the arms and stretches, by digest: of which arm, and up to which step; parents come first."""
+    found: dict[str, tuple[ArmJob, SegmentJob, int]] = {}
+
+    def need(job: ArmJob, segment: SegmentJob, last: int) -> None:
+        if segment.digest not in found or found[segment.digest][2] < last:
+            found[segment.digest] = (job, segment, last)
+
+    for job in wanted:
+        for segment in job.segments:
+            need(job, segment, segment.config["train"]["steps"])
+    for stretch in drawn:
+        for segment in stretch.job.segments[: stretch.number]:
+            need(stretch.job, segment, segment.config["train"]["steps"])
+        need(stretch.job, stretch.segment, stretch.last)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a plan will take: tokens trained (each shared segment once) and if the arms ran alone, floating-point
     operations, seconds with `workers` processes, and bytes of memory for all of them."""
@@ -384,31 +441,38 @@ class Estimate:
 
 
 def estimate(
-    plan: Mapping[str, Any], *, workers: int, wanted: Sequence[ArmJob] | None = None, device: str | None = None
+    plan: Mapping[str, Any],
+    *,
+    workers: int,
+    wanted: Sequence[ArmJob] | None = None,
+    drawn: Sequence[Stretch] = (),
+    device: str | None = None,
 ) -> Estimate:
-    """Cost of a plan, or of the `wanted` arms of it, from FLOP accounting and a rate measured on the scale's hardware.
+    """Cost of a plan, or of the `wanted` arms and `drawn` stretches of it, from FLOP accounting and a measured rate.
 
-    `device` is asked about another device, cpu or cuda, than the plan's own.
+    The rate is that of the scale's hardware; `device` asks about another, cpu or cuda, than the plan's own.
     """
     from repro.cost import TASK_SECONDS, measure_seconds, peak_memory, step_seconds
     from repro.model import ModelConfig, accounting
 
     arms = jobs(plan) if wanted is None else wanted
-    unique = {segment.digest: segment for arm in arms for segment in arm.segments}
+    unique = stops(arms, drawn)
     measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
     device = device or plan["environment"]["device"]
-    seconds, flops, memory = TASK_SECONDS * (len(unique) + len(arms)), 0.0, 0
-    for segment in unique.values():
+    seconds, flops, memory, tokens = TASK_SECONDS * (len(unique) + len(arms)), 0.0, 0, 0
+    for _, segment, steps in unique.values():
         model = decode(ModelConfig, segment.config["model"])
         train = segment.config["train"]
-        flops += accounting(model).flops_training * segment.tokens
-        seconds += step_seconds(model, train["batch"] * train["context"], device) * train["steps"]
+        trained = steps * train["batch"] * train["context"]
+        tokens += trained
+        flops += accounting(model).flops_training * trained
+        seconds += step_seconds(model, train["batch"] * train["context"], device) * steps
         memory = max(memory, peak_memory(model, train["batch"] * train["context"], device))
     for arm in arms:
         model = decode(ModelConfig, arm.segments[-1].config["model"])
         seconds += measure_seconds(model, measure_tokens[arm.arm], device)
     return Estimate(
-        tokens=sum(segment.tokens for segment in unique.values()),
+        tokens=tokens,
         tokens_alone=sum(segment.tokens for arm in arms for segment in arm.segments),
         flops=flops,
         seconds=seconds / workers,

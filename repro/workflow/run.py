@@ -31,7 +31,7 @@ from records.package import write_atomically
 from repro.environment import code_state
 from repro.judge import judge
 from repro.workflow.evidence import load, read_directory
-from repro.workflow.plan import ArmJob, SegmentJob, jobs, parse_plan, plan_digest
+from repro.workflow.plan import ArmJob, SegmentJob, Stretch, jobs, parse_plan, plan_digest, stops
 
 if TYPE_CHECKING:
     from repro.cluster import Cluster
@@ -125,10 +125,10 @@ def execute(
     Raises:
         ReproError: a task failed; the others were stopped, and a run with `resume` goes on from there.
     """
-    began = _now()
+    began = now()
     _write_run_record(folder, started_at=began, finished_at=None)
     execute_jobs(plan, folder, jobs(plan), workers=workers, reporter=reporter, checkpoint=checkpoint)
-    _write_run_record(folder, started_at=began, finished_at=_now())
+    _write_run_record(folder, started_at=began, finished_at=now())
 
 
 def execute_jobs(
@@ -136,14 +136,17 @@ def execute_jobs(
     folder: Path,
     wanted: Sequence[ArmJob],
     *,
+    drawn: Sequence[Stretch] = (),
     workers: int,
     reporter: Reporter,
     checkpoint: Path | None = None,
 ) -> None:
-    """Trains and measures the `wanted` arms of a plan as far as `folder` lacks them; raises what `execute` does."""
-    tasks = _open_tasks(wanted, folder)
-    segments = {segment.digest: segment for job in wanted for segment in job.segments}
-    total = sum(segment.tokens for segment in segments.values())
+    """Trains and measures the `wanted` arms of a plan as far as `folder` lacks them, and trains up to `drawn` stretches.
+
+    Raises what `execute` does.
+    """
+    tasks = _open_tasks(wanted, drawn, folder)
+    total = sum(segment.tokens_to(steps) for _, segment, steps in stops(wanted, drawn).values())
     left = sum(task.tokens for task in tasks)
     reporter.begin(tokens=total, done=total - left, tasks=len(tasks))
     _Pool(plan, folder, workers=workers, reporter=reporter, checkpoint=checkpoint).run(tasks)
@@ -213,7 +216,8 @@ def finish(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return outcome
 
 
-def _now() -> str:
+def now() -> str:
+    """The UTC time, as records state it."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -245,6 +249,7 @@ class _Task:
     job: ArmJob
     segment: SegmentJob | None
     needs: str | None
+    stop: int = 0  # the step to end a segment's training after; a whole segment's is its last
 
     @property
     def key(self) -> str:
@@ -252,22 +257,20 @@ class _Task:
 
     @property
     def tokens(self) -> int:
-        return self.segment.tokens if self.segment else 0
+        return self.segment.tokens_to(self.stop) if self.segment else 0
 
 
-def _open_tasks(wanted: Sequence[ArmJob], folder: Path) -> list[_Task]:
+def _open_tasks(wanted: Sequence[ArmJob], drawn: Sequence[Stretch], folder: Path) -> list[_Task]:
     """Tasks not yet done, each once, in the order of the jobs."""
     tasks: dict[str, _Task] = {}
+    for digest, (job, segment, stop) in stops(wanted, drawn).items():
+        if not (folder / segment.folder / "final.safetensors").exists():
+            number = job.segments.index(segment)
+            suffix = f" part {number + 1}" if len(job.segments) > 1 else ""
+            name = f"{job.arm}{suffix} seed {job.seed}"
+            tasks[digest] = _Task(name=name, job=job, segment=segment, needs=segment.parent, stop=stop)
     for job in wanted:
-        measured = (folder / job.file).exists()
-        for number, segment in enumerate(job.segments):
-            if not (folder / segment.folder / "final.safetensors").exists():
-                suffix = f" part {number + 1}" if len(job.segments) > 1 else ""
-                tasks.setdefault(
-                    segment.digest,
-                    _Task(name=f"{job.arm}{suffix} seed {job.seed}", job=job, segment=segment, needs=segment.parent),
-                )
-        if not measured:
+        if not (folder / job.file).exists():
             tasks[job.file] = _Task(
                 name=f"measure {job.arm} seed {job.seed}", job=job, segment=None, needs=job.segments[-1].digest
             )
@@ -337,8 +340,9 @@ class _Pool:
         from repro.workflow import worker
 
         ours, theirs = self._context.Pipe(duplex=False)
-        segment = task.segment and task.segment.digest
-        arguments = (self._plan, str(self._folder), task.job.arm, task.job.seed, segment, theirs, self._checkpoint)
+        digest = task.segment and task.segment.digest
+        place = (task.job.arm, task.job.seed, digest, task.stop)
+        arguments = (self._plan, str(self._folder), *place, theirs, self._checkpoint)
         process = self._context.Process(target=worker.main, args=arguments, name=task.name, daemon=True)  # type: ignore[attr-defined]
         process.start()
         theirs.close()

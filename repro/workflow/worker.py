@@ -34,10 +34,11 @@ def main(
     arm: str,
     seed: int,
     segment: str | None,
+    stop: int,
     pipe: Connection,
     checkpoint: Path | None = None,
 ) -> None:
-    """Entry of the process: `segment` is the digest of the one to train, None to measure the arm.
+    """Entry of the process: `segment` is the digest of the one to train up to the step `stop`, None to measure the arm.
 
     `checkpoint` is the folder of the public checkpoint that a first segment may start from.
     """
@@ -48,7 +49,9 @@ def main(
         if segment is None:
             measure(plan, Path(folder), job)
         else:
-            train(plan, Path(folder), job, segment, lambda tokens: pipe.send(("progress", tokens)), checkpoint)
+            train(
+                plan, Path(folder), job, segment, lambda tokens: pipe.send(("progress", tokens)), checkpoint, stop=stop
+            )
         pipe.send(("done",))
     except ReproError as error:
         pipe.send(("error", type(error), str(error)))
@@ -86,6 +89,10 @@ def _corpus(plan: Mapping[str, Any], name: str) -> corpus.Corpus:
     return text
 
 
+class _Reached(Exception):  # noqa: N818 (no error: the stretch that was asked for is done)
+    """Ends a segment's training before its end."""
+
+
 def train(
     plan: Mapping[str, Any],
     folder: Path,
@@ -94,8 +101,12 @@ def train(
     advanced: Callable[[int], None],
     checkpoint: Path | None,
     cluster: "Cluster | None" = None,
+    stop: int | None = None,
 ) -> None:
-    """Trains the segment `digest` of `job`, unless `folder` has it; `advanced` is told the tokens done now and then."""
+    """Trains the segment `digest` of `job`, unless `folder` has it; `advanced` is told the tokens done now and then.
+
+    With `stop`, training ends after that step, as an audit of the steps up to it wants.
+    """
     work = next(item for item in job.segments if item.digest == digest)
     segment = decode(Segment, work.config)
     text = _corpus(plan, segment.corpus)
@@ -106,10 +117,15 @@ def train(
         if time.monotonic() - sent > _PROGRESS_SECONDS:
             sent = time.monotonic()
             advanced(tokens)
+        if stop is not None and stop <= steps < segment.train.steps:
+            raise _Reached
 
     parent = next((item for item in job.segments if item.digest == work.parent), None)
     leads = cluster is None or cluster.leads
-    with _alone(folder / work.folder / ".lock") if leads else contextlib.nullcontext():
+    with (
+        _alone(folder / work.folder / ".lock") if leads else contextlib.nullcontext(),
+        contextlib.suppress(_Reached),
+    ):
         if (folder / work.folder / "final.safetensors").exists():
             return
         train_segment(
