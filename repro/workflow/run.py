@@ -169,13 +169,13 @@ def execute_together(
     """
     from repro.workflow import worker
 
-    began = _now()
+    began = now()
     wanted = jobs(plan)
     # What is there is looked up once: the processes may see a shared folder change at different times.
     open_tasks = cluster.told(
         [
             (task.job.arm, task.job.seed, task.segment.digest if task.segment else None)
-            for task in _open_tasks(wanted, folder)
+            for task in _open_tasks(wanted, (), folder)
         ]
         if cluster.leads
         else None
@@ -199,7 +199,7 @@ def execute_together(
         cluster.wait()
         reporter.finished(name, time.monotonic() - since)
     if cluster.leads:
-        _write_run_record(folder, started_at=began, finished_at=_now())
+        _write_run_record(folder, started_at=began, finished_at=now())
 
 
 def finish(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
