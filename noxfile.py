@@ -121,6 +121,12 @@ def reproduce_emo(session: nox.Session) -> None:
     _reproduce(session, "emo")
 
 
+@nox.session(name="reproduce-expert-upcycling", default=False)
+def reproduce_expert_upcycling(session: nox.Session) -> None:
+    """Expert Upcycling (arXiv 2604.19835)."""
+    _reproduce(session, "expert-upcycling")
+
+
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """What needs a GPU: the core's tests there, and the benchmarks against its peers."""

@@ -283,10 +283,12 @@ class Figure:
 
     `metrics` draws the curves' metrics against `x`; `closure` the share of the gap from `base` to `target` that they close,
     η, likewise (base and target have a metric, and perhaps an arm, for each x value too). With `fit`, `metrics` adds to each
-    curve of several arms the parabola in log x and where it is lowest (`optimum`), with their intervals.
+    curve of several arms the parabola in log x and where it is lowest (`optimum`), with their intervals. `cells` draws a row
+    for each of `names`: how far the curves' metrics lie above the base's, each curve having a metric and an arm for each row.
     `training` draws the traced loss of the curves' arms against tokens, `time` against measured seconds, `probe` the
     probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
     a segment begins. `load` draws what the probes say of each expert's load, a map for each curve's arm, seed and layer.
+    A figure of a `suite` needs all its arms run where all claims of that suite are asked for, and none otherwise.
     """
 
     title: str
@@ -294,19 +296,31 @@ class Figure:
     y_label: str
     x: tuple[float, ...] = ()
     curves: tuple[Curve, ...]
-    kind: Literal["metrics", "closure", "training", "time", "probe", "load"] = "metrics"
+    kind: Literal["metrics", "closure", "cells", "training", "time", "probe", "load"] = "metrics"
     base: Curve | None = None
     target: Curve | None = None
     fit: bool = False
+    names: tuple[str, ...] = ()
+    suite: str | None = None
 
     def __post_init__(self) -> None:
         if self.fit and (self.kind != "metrics" or len(self.x) < 3 or min(self.x) <= 0):
             raise ValueError(f"figure {self.title!r}: a fit needs metrics over at least 3 x values, all above 0")
-        if (self.kind == "closure") != bool(self.base and self.target):
-            raise ValueError(f"figure {self.title!r}: `closure` needs a base and a target, and nothing else has them")
+        if (self.kind == "closure") != (self.target is not None) or (self.kind in ("closure", "cells")) != (
+            self.base is not None
+        ):
+            raise ValueError(
+                f"figure {self.title!r}: `closure` needs a base and a target, `cells` a base, and nothing else has them"
+            )
+        if (self.kind == "cells") != bool(self.names):
+            raise ValueError(f"figure {self.title!r}: `cells` needs names, and nothing else has them")
         for curve in filter(None, (*self.curves, self.base, self.target)):
             if self.over_x and not len(curve.metrics) == len(self.x) == len(curve.arms or self.x):
                 raise ValueError(f"figure {self.title!r}: expected a metric for each of {len(self.x)} x values")
+            if self.kind == "cells" and not len(curve.metrics) == len(self.names) == len(curve.arms):
+                raise ValueError(
+                    f"figure {self.title!r}: expected a metric and an arm for each of {len(self.names)} names"
+                )
             if self.kind == "probe" and len(curve.metrics) != 1:
                 raise ValueError(
                     f"figure {self.title!r}: expected the name of one probed measure as the curve's metrics"

@@ -2,7 +2,7 @@
 
 - `Growth`: which experts are copied and how often, what new experts, router rows and selection biases start as
 - `allocate`: how many copies each expert gets, evenly or by utility
-- `utility`: the four scores by which experts can be ranked
+- `utility`: the scores by which experts can be ranked
 - `grow`: fills a freshly initialised larger model from the smaller one and says where each expert comes from
 - `grow_state`: the same for a per-weight optimizer state
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from repro.moe.errors import RoutingError
 from repro.moe.layer import MoE
 
-Score = Literal["grad2", "weight_grad", "weight", "grad2_per_weight"]
+Score = Literal["grad2", "weight_grad", "weight", "grad2_per_curvature", "least_grad2"]
 
 NEW = -1  # in a lineage: the expert was not copied from another
 
@@ -88,8 +88,8 @@ def utility(layer: MoE, gradients: Sequence[Mapping[str, Tensor]], score: Score)
     """Utility (E,) of a layer's experts, from the gradients of several batches, `w_up_EDF` and `w_down_EFD` in each.
 
     The gradient g of an expert is the mean over the batches. `grad2` ‖g‖², `weight_grad` ‖w‖·‖g‖, `weight` ‖w‖,
-    `grad2_per_weight` ‖g‖²/H with H the expert's number of weights: the same order as `grad2` where all experts are of
-    one size, and kept for what the paper compares.
+    `grad2_per_curvature` Σ g²/H over its weights, with H the mean of the batches' squared gradients (the diagonal of the
+    empirical Fisher matrix; what the paper takes for its H is not known), `least_grad2` the reverse of `grad2`.
     """
     names = ("w_up_EDF", "w_down_EFD")
     E = layer.w_up_EDF.shape[0]
@@ -103,7 +103,14 @@ def utility(layer: MoE, gradients: Sequence[Mapping[str, Tensor]], score: Score)
         raise RoutingError(f"growth: the utility {score} needs gradients of at least one batch")
     if score == "weight_grad":
         return (weight2_E * grad2_E).sqrt()
-    return grad2_E if score == "grad2" else grad2_E / (sum(weight.numel() for weight in weights) / E)
+    if score == "grad2_per_curvature":
+        curvatures = [torch.stack([batch[name] for batch in gradients]).square().mean(0) for name in names]
+        # where every batch's gradient is 0, so is the mean
+        ratios = [
+            mean.square() / h.clamp_min(torch.finfo(h.dtype).tiny) for mean, h in zip(means, curvatures, strict=True)
+        ]
+        return sum((ratio.view(E, -1).sum(1) for ratio in ratios), torch.zeros(E))
+    return grad2_E if score == "grad2" else -grad2_E
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ READING = {
     "metrics": "Thin lines: each seed; marks: mean and its 95% interval over seeds.",
     "fit": "Thin lines: each seed; marks: mean, 95% interval; dashed: parabola in log x, its 95% band, and its optimum's.",
     "closure": "Thin lines: each seed; marks: the share that the sums over seeds close, and its 95% bootstrap interval.",
+    "cells": "Small dots: each seed; marks: mean and its 95% interval over seeds.",
     "training": "A line each seed; marks show where a segment begins.",
     "time": "A line each seed; marks show where a segment begins.",
     "probe": "A line each seed; marks show where a segment begins.",
@@ -64,6 +65,8 @@ def draw(
     with matplotlib.rc_context({"svg.hashsalt": "repro", "svg.fonttype": "none", "font.family": "sans-serif"}):
         if figure.kind == "load":
             canvas = _maps(figure, courses, seeds=seeds, chosen=chosen)
+        elif figure.kind == "cells":
+            canvas = _cells(figure, differences(figure, evidence, seeds=seeds, chosen=chosen))
         else:
             canvas = _lines(figure, evidence, courses, seeds=seeds, chosen=chosen, labels=labels)
         out = io.StringIO()
@@ -117,6 +120,44 @@ def _lines(
         axes.set_xticks(figure.x)
     axes.grid(alpha=0.25)
     canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return canvas
+
+
+def differences(
+    figure: Figure, evidence: Evidence, *, seeds: Sequence[int], chosen: Mapping[str, str]
+) -> dict[str, list[list[float]]]:
+    """Of a figure of `cells`: by curve, for each row, the metric above the base's with each seed that has both."""
+    assert figure.base
+    base = _points(figure, figure.base, chosen)
+    found: dict[str, list[list[float]]] = {}
+    for curve in figure.curves:
+        pairs = zip(_points(figure, curve, chosen), base, strict=True)
+        lines = [[_line(evidence, pair, seed) for seed in seeds] for pair in pairs]
+        found[curve.arm] = [[line[0] - line[1] for line in row if line] for row in lines]
+    return found
+
+
+def _cells(figure: Figure, found: Mapping[str, Sequence[Sequence[float]]]) -> Canvas:
+    rows = len(figure.names)
+    canvas = Canvas(figsize=(7.2, 1.4 + 0.2 * rows), layout="constrained")
+    axes = canvas.subplots()
+    axes.axvline(0, color="black", linewidth=0.8)
+    for number, (name, cells) in enumerate(found.items()):
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        places = [row + 0.22 * (number - (len(found) - 1) / 2) for row in range(rows)]
+        for place, values in zip(places, cells, strict=True):
+            axes.plot(values, [place] * len(values), ".", color=colour, markersize=2, alpha=0.6)
+        measured = [(place, values) for place, values in zip(places, cells, strict=True) if values]
+        axes.errorbar(
+            [math.fsum(values) / len(values) for _, values in measured], [place for place, _ in measured],
+            xerr=[_half_interval(values) for _, values in measured], color=colour, marker=marker, markersize=3.5,
+            linestyle="none", elinewidth=0.8, label=f"{name} ({max(map(len, cells))} seeds)",
+        )  # fmt: skip
+    axes.set_yticks(range(rows), labels=figure.names, fontsize=6)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
+    axes.grid(alpha=0.25)
+    canvas.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return canvas
 
 

@@ -105,7 +105,7 @@ def make_plan(
     environment = numeric_environment(device, layout)
     design = _design(paper_module(slug), scale, checkpoint, dry=dry)
     left_out = tuple(claim for claim in info.claim if claim not in selected)
-    arms, groups, figures = _needed(design, selected, left_out, named=claims is not None)
+    arms, groups, figures = _needed(design, selected, left_out, named=claims is not None and bool(left_out))
     corpora = _corpora(arms, dry=dry)
     if all(digest != NOT_AT_HAND for digest in corpora.values()):
         _check_supply(arms)
@@ -301,6 +301,10 @@ def _needed(
     """Arms, groups and figures of `claims`; unless they were `named`, also those that no claim speaks of."""
     wanted = {name for claim in claims for name in claim.arms}
     elsewhere = {name for claim in left_out for name in claim.arms}
+    suites = {claim.suite for claim in claims} - {claim.suite for claim in left_out}
+    for figure in design.figures:
+        if figure.suite:
+            (wanted if figure.suite in suites else elsewhere).update(figure.arms)
     if not named:
         wanted |= {group.id for group in design.groups} - elsewhere
     groups = tuple(group for group in design.groups if group.id in wanted)

@@ -152,8 +152,9 @@ def test_utility_scores():
     ).detach()
     assert torch.allclose(utility(layer, [], "weight"), weight_E)
     assert torch.allclose(utility(layer, batches, "weight_grad"), weight_E * torch.tensor([0.0, 5, 1, 0]))
-    size = layer.w_up_EDF[0].numel() + layer.w_down_EFD[0].numel()
-    assert utility(layer, batches, "grad2_per_weight").tolist() == pytest.approx([0, 25 / size, 1 / size, 0])
+    # three weights whose gradient never swings count 1 each; one that swings around 0 counts nothing
+    assert utility(layer, batches, "grad2_per_curvature").tolist() == pytest.approx([0, 2, 1, 0])
+    assert utility(layer, batches, "least_grad2").tolist() == pytest.approx([0, -25, -1, 0])
     with pytest.raises(RoutingError, match="at least one batch"):
         utility(layer, [], "grad2")
 

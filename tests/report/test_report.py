@@ -9,7 +9,7 @@ import pytest
 from records.errors import MalformedError
 from repro.experiment import Curve, Figure
 from repro.judge import ArmEvidence
-from repro.report.figures import Courses, _shares, draw
+from repro.report.figures import Courses, _shares, differences, draw
 from repro.report.table import BEGIN, END, markdown, replace_table
 from repro.trace import Probe
 
@@ -85,6 +85,27 @@ def test_training_curves_and_figures_over_arms():
     assert "line: not measured" in draw(over, evidence([(1.0, 2.0)]), Courses(), seeds=[0], chosen={}, labels={})
     with pytest.raises(ValueError, match="a metric for each of 2"):
         Figure(title="t", x_label="x", y_label="y", x=(1.0, 2.0), curves=(Curve(arm="a", metrics=("l",)),))
+
+
+def test_cells_are_differences_from_the_base_seed_by_seed():
+    figure = Figure(
+        title="t", x_label="x", y_label="y", names=("one", "two"), kind="cells",
+        base=Curve(arm="base", arms=("b", "b"), metrics=("l1", "l1")),
+        curves=(Curve(arm="line", arms=("a", "c"), metrics=("l1", "l1")),),
+    )  # fmt: skip
+    found = evidence([(1.5, 0), (1.25, 0)]) | {
+        ("b", seed): ArmEvidence(status="complete", weights="", metrics={"l1": "1.0"}) for seed in (0, 1)
+    }
+    assert differences(figure, found, seeds=[0, 1], chosen={}) == {"line": [[0.5, 0.25], []]}
+    page = draw(figure, found, Courses(), seeds=[0, 1], chosen={}, labels={})
+    assert "line (2 seeds)" in page
+    assert ">two<" in page
+    with pytest.raises(ValueError, match="`cells` needs names"):
+        replace(figure, names=())
+    with pytest.raises(ValueError, match="`cells` a base"):
+        replace(figure, base=None)
+    with pytest.raises(ValueError, match="a metric and an arm for each of 3 names"):
+        replace(figure, names=("one", "two", "three"))
 
 
 def lines_of(page: str) -> int:
