@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as nnf
 
+from repro.moe import triton
 from repro.moe.errors import NonFiniteError, RoutingError
 from repro.moe.experts import apply_experts, check_backend, swiglu
 from repro.moe.routing import RouterOutput, Routing, RoutingRule, TopK
@@ -119,7 +120,13 @@ class MoE(nn.Module):
             scores_TE = logits_TE.softmax(1) if self.score == "softmax" else logits_TE.sigmoid()
             expert_TK, weight_TK = rule(scores_TE, self.bias_E)
         all_filled = True if isinstance(rule, TopK) and isinstance(rule.k, int) else None
-        routing = Routing.from_slots(expert_TK, weight_TK, self.router_ED.shape[0], all_filled=all_filled)
+        routing = Routing.from_slots(
+            expert_TK,
+            weight_TK,
+            self.router_ED.shape[0],
+            all_filled=all_filled,
+            kernels=self.backend == "triton" and triton.supports(x_TD),
+        )
         return RouterOutput(logits_TE, scores_TE, routing)
 
     def _check_finite(self, logits_TE: Tensor) -> None:

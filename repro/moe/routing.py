@@ -46,11 +46,18 @@ class Routing:
 
     @classmethod
     def from_slots(
-        cls, expert_TK: Tensor, weight_TK: Tensor, num_experts: int, *, all_filled: bool | None = None
+        cls,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        num_experts: int,
+        *,
+        all_filled: bool | None = None,
+        kernels: bool = False,
     ) -> "Routing":
         """Routing from K slots a token; an expert of -1 leaves its slot empty.
 
         `all_filled=True` promises that no slot is empty and spares the look, which on a GPU would wait for the device.
+        `kernels` sorts by this package's own Triton kernels rather than by torch.
         Raises `RoutingError` for shapes that differ or an expert outside 0..num_experts-1 (seen on the CPU only).
         """
         if expert_TK.dim() != 2 or expert_TK.shape != weight_TK.shape:
@@ -78,13 +85,20 @@ class Routing:
             by_token = _offsets(filled_N.view(T, K).sum(1))
             token_N = torch.arange(T, device=device).repeat_interleave(K)[filled_N]
             expert_N, weight_N = expert_N[filled_N], weight_N[filled_N]
+        if kernels:
+            from repro.moe.triton_order import order_by_expert
+
+            order_N, by_expert = order_by_expert(expert_N.contiguous(), num_experts)
+        else:
+            order_N = _stable_order(expert_N, num_experts)
+            by_expert = _offsets(_load(expert_N, num_experts))
         return cls(
             token_N=token_N,
             expert_N=expert_N,
             weight_N=weight_N,
-            order_N=_stable_order(expert_N, num_experts),
+            order_N=order_N,
             by_token=by_token,
-            by_expert=_offsets(_load(expert_N, num_experts)),
+            by_expert=by_expert,
             num_experts=num_experts,
         )
 

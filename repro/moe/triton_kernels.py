@@ -1,7 +1,7 @@
-"""The kernels of `repro.moe.triton`, which says what each one does.
+"""The kernels of `repro.moe.triton` and `repro.moe.triton_order`, which say what each one does.
 
-Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel but
-`_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for T·D may
+Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel of the
+experts but `_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for T·D may
 exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
 """
 
@@ -167,3 +167,55 @@ def _weights(
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
         at = out + e * ROWS * COLS + i[:, None] * COLS + j[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=i_in[:, None] & j_in[None, :])
+
+
+@triton.jit(do_not_specialize=["count", "num_experts"])
+def _count(expert, counts, count, num_experts, BN: tl.constexpr, BE: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    n = block * BN + tl.arange(0, BN)
+    mine = tl.load(expert + n, mask=n < count, other=-1)
+    for first in range(0, num_experts, BE):
+        e = first + tl.arange(0, BE)
+        hits = tl.sum((mine[:, None] == e[None, :]).to(tl.int32), axis=0)
+        tl.store(counts + block * num_experts + e, hits, mask=e < num_experts)
+
+
+@triton.jit(do_not_specialize=["blocks", "num_experts"])
+def _scan_blocks(counts, loads, blocks, num_experts, BB: tl.constexpr, BE: tl.constexpr):
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    e_in = e < num_experts
+    before = tl.zeros((BE,), dtype=tl.int32)
+    for first in range(0, blocks, BB):
+        b = (first + tl.arange(0, BB)).to(tl.int64)
+        inside = (b < blocks)[:, None] & e_in[None, :]
+        at = counts + b[:, None] * num_experts + e[None, :]
+        tile = tl.load(at, mask=inside, other=0)
+        tl.store(at, tl.cumsum(tile, axis=0) - tile + before[None, :], mask=inside)
+        before += tl.sum(tile, axis=0)
+    tl.store(loads + e, before, mask=e_in)
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _scan_experts(loads, by_expert, num_experts, BE: tl.constexpr):
+    total = tl.zeros((1,), dtype=tl.int64)
+    for first in range(0, num_experts, BE):
+        e = first + tl.arange(0, BE)
+        e_in = e < num_experts
+        tile = tl.load(loads + e, mask=e_in, other=0).to(tl.int64)
+        tl.store(by_expert + e, tl.cumsum(tile, axis=0) - tile + total, mask=e_in)
+        total += tl.sum(tile, axis=0)
+    tl.store(by_expert + num_experts + tl.arange(0, 1), total)
+
+
+@triton.jit(do_not_specialize=["count", "num_experts"])
+def _scatter(expert, counts, by_expert, order, count, num_experts, BN: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BN)
+    n = block * BN + i
+    inside = n < count
+    mine = tl.load(expert + n, mask=inside, other=-1)
+    same = (mine[:, None] == mine[None, :]) & (i[None, :] < i[:, None])
+    rank = tl.sum(same.to(tl.int32), axis=1)
+    first = tl.load(by_expert + mine, mask=inside, other=0)
+    before = tl.load(counts + block * num_experts + mine, mask=inside, other=0)
+    tl.store(order + first + before + rank, n, mask=inside)

@@ -244,6 +244,25 @@ def test_triton_rows_do_not_depend_on_the_rest_of_the_batch() -> None:
     assert torch.equal(apply_experts(x_TD[20:31], few, up, down, "triton"), whole[20:31])
 
 
+@pytest.mark.skipif("triton" not in FAST, reason="triton is not there, or cannot be interpreted")
+@pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 5), (1, 1, 1), (64, 2, 5), (300, 3, 70), (1000, 1, 1100)])
+def test_triton_orders_assignments_as_the_stable_sort_does(T: int, K: int, E: int) -> None:
+    expert_TK = torch.randint(0, E, (T, K)) if E > 2 else torch.zeros(T, K, dtype=torch.int64)
+    expert_TK[::3] = E - 1  # long ties
+    ours, torchs = (Routing.from_slots(expert_TK, torch.ones(T, K), E, kernels=kernels) for kernels in (True, False))
+    assert torch.equal(ours.order_N, torchs.order_N)
+    assert torch.equal(ours.by_expert, torchs.by_expert)
+    assert ours.by_expert.dtype == torchs.by_expert.dtype
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="triton is not there, or cannot be interpreted")
+def test_triton_orders_skip_empty_slots() -> None:
+    expert_TK = torch.tensor([[2, -1], [-1, -1], [0, 2], [2, 1]])
+    routing = Routing.from_slots(expert_TK, torch.ones(4, 2), 4, kernels=True)
+    assert routing.token_N[routing.order_N].tolist() == [2, 3, 0, 2, 3]
+    assert routing.by_expert.tolist() == [0, 1, 2, 5, 5]
+
+
 @pytest.mark.skipif(bool(importlib.util.find_spec("triton")), reason="triton is installed")
 def test_triton_says_what_it_needs() -> None:
     inputs, _ = case(slots_of("top-2", 5, 4), 4, 8, 4)

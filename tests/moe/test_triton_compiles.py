@@ -35,6 +35,14 @@ kernels = {
     "combine": ("_combine", {"D": D, "WIDTH": 128}),
 }
 types = {"total": "i32", "s": "*fp32", "ds": "*fp32"}
+blocks = {"BN": 128}
+kernels |= {
+    "count": ("_count", blocks | {"BE": 32}),
+    "scan_blocks": ("_scan_blocks", {"BB": 64, "BE": 32}),
+    "scan_experts": ("_scan_experts", {"BE": 1024}),
+    "scatter": ("_scatter", blocks),
+}
+types |= dict.fromkeys(("count", "blocks", "num_experts"), "i32") | {"counts": "*i32", "loads": "*i32", "expert": "*i64"}
 types |= dict.fromkeys(("token", "order", "tile_expert", "tile_first", "by_expert", "by_token"), "*i64")
 found = {}
 for name, (kernel, constants) in kernels.items():
@@ -65,7 +73,8 @@ def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> 
     for name, kernel in json.loads(done.stdout).items():
         assert kernel["shared"] <= 227 * 1024, name  # what a program on an H200 may hold
         assert not re.search(r"\b(atom|red)\.", kernel["ptx"]), name
-        assert ("wgmma" in kernel["ptx"]) == (name != "combine"), name
+        products = {"up", "down", "dx", "d_hidden", "dw_up", "dw_down"}
+        assert ("wgmma" in kernel["ptx"]) == (name in products), name
         source = tmp_path / f"{name}.ptx"
         source.write_text(kernel["ptx"])
         usage = subprocess.run(
