@@ -1,8 +1,8 @@
 """The kernels of `repro.moe.triton` and `repro.moe.triton_order`, which say what each one does.
 
 Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel of the
-experts but `_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for T·D may
-exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
+experts but `_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for
+T·D may exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
 """
 
 # The decorators have no types, and a kernel's arguments are pointers and constants that only Triton understands.
