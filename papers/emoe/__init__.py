@@ -1,247 +1,258 @@
 """Elastic MoE: Unlocking the Inference-Time Scalability of Mixture-of-Experts (arXiv 2509.21892v2).
 
 The paper's observation: an MoE trained with k experts a token gets worse, not better, when more than k are used at
-inference (the wall). Its remedy, EMoE, trains pairs of experts together that top-k would seldom pair, at the same cost:
+inference (the wall). Its remedy, EMoE, trains pairs of experts together that top-k would seldom pair, at the same cost
+(`sampling.py`), and adds a loss that sharpens the router. Inference is plain top-k' (`inference.py`: what is measured).
 
-- `CoActivation`: stochastic co-activation sampling. Draw k̃ from {k_train … k_ideal}, take the k̃ best experts as a
-  pool, run k_train of them drawn without replacement. Inference is plain top-k'.
-- `hierarchical_router_loss`: L_HR = −KL(q‖U) = H(q) − log N of the router's softmax q a token, minimised with weight λ.
+The paper leaves open: λ of that loss; whether the pool's size is drawn a token, a layer or a step (here a token; the
+others are arms); whether gates are normalised over the sampled experts (here they are; `raw` arms are those without).
+See README.md for all deviations, and `scales.py` for sizes.
 
-The paper leaves open: λ; whether k̃ is drawn a token, a layer or a step (here: a token); whether gates are normalised
-over the sampled experts (here: both, `raw` arms are those without). See README.md for all deviations.
+From scratch: `topk`, `emoe`, the same with raw gates, `control` (EMoE with k_ideal = k_train, which must be top-k bit for
+bit) and `direct` (trained with 2k experts in as many steps as cost the same).
 
-Arms: `topk` and `emoe`, each over the same grid of learning rates; EMoE also over λ. The pair is repeated with raw gates.
-`control` is EMoE with k_ideal = k_train, which must be top-k bit for bit.
+Post-training of a top-k model on other text, the paper's protocol, all `post-`: `topk`, `sampling` (λ = 0), `full` (λ > 0),
+`emoe` (the best of both), `hr` (the router loss alone), `fixed` (the router stays that of top-k), `fixed-topk` (the same
+without sampling), `control`, `direct`, `direct-tokens` (2k experts at equal FLOPs and at equal tokens), `layer`, `step`
+(granularity of the draw), `pool` (always the largest pool), `random` (another k in each step).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from records.errors import UsageError
-from repro.data.batches import evaluation_windows
-from repro.data.corpus import Bytes
-from repro.evals.held_out import held_out_loss
+from papers.emoe.inference import measure
+from papers.emoe.sampling import CoActivation, ElasticTraining, RandomK, hierarchical_router_loss, mechanism
+from papers.emoe.scales import LAMBDAS, SETTINGS, Setting
 from repro.experiment import Arm, Curve, Design, Figure, Group
-from repro.model import ModelConfig, ModelOutput, Transformer
-from repro.moe import RouterOutput, RoutingRule, TopK
-from repro.moe.routing import stable_top_k
+from repro.model import ModelConfig, accounting
 from repro.pretrained import Pretrained
-from repro.seeds import derive
-from repro.train import Mechanism, Segment, TrainConfig
+from repro.train import Segment, TrainConfig
 
+__all__ = [
+    "SETTINGS",
+    "CoActivation",
+    "ElasticTraining",
+    "RandomK",
+    "design",
+    "hierarchical_router_loss",
+    "measure",
+    "mechanism",
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoActivation:
-    """Routing rule of a training step: `k_train` experts drawn from the token's k̃ best, k̃ uniform in k_train … k_ideal.
-
-    Slots stay in falling order of score, so that with k_ideal = k_train the routing is that of `TopK`, bit for bit.
-    """
-
-    k_train: int
-    k_ideal: int
-    renormalize: bool
-    generator: torch.Generator
-
-    def __call__(self, scores_TE: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Experts (T, k_train) and weights, differentiable in the scores."""
-        T, P = scores_TE.shape[0], self.k_ideal
-        with torch.no_grad():
-            pool_TP = stable_top_k(scores_TE if bias_E is None else scores_TE + bias_E, P)
-            device = self.generator.device
-            size_T1 = torch.randint(self.k_train, P + 1, (T, 1), generator=self.generator, device=device)
-            draw_TP = torch.rand(T, P, generator=self.generator, device=device)
-            draw_TP = draw_TP.masked_fill(torch.arange(P, device=device) >= size_T1, 2.0)  # outside the pool: last
-            rank_TK = draw_TP.argsort(dim=1, stable=True)[:, : self.k_train].sort(dim=1).values
-            expert_TK = pool_TP.gather(1, rank_TK.to(pool_TP.device))
-        weight_TK = scores_TE.gather(1, expert_TK)
-        if self.renormalize:
-            weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
-        return expert_TK, weight_TK
-
-
-def hierarchical_router_loss(router: RouterOutput) -> Tensor:
-    """L_HR = H(q) − log N in nats, averaged over tokens: 0 for a uniform router, −log N for one that is certain."""
-    log_q_TE = router.logits_TE.log_softmax(1)
-    entropy_T = -(log_q_TE.exp() * log_q_TE).sum(1)
-    return entropy_T.mean() - torch.log(torch.tensor(float(log_q_TE.shape[1])))
-
-
-class ElasticTraining(Mechanism):
-    """Co-activation sampling in training, and λ·L_HR averaged over layers."""
-
-    def __init__(self, *, k_train: int, k_ideal: int, renormalize: bool, lambda_hr: float) -> None:
-        if not 1 <= k_train <= k_ideal:
-            raise UsageError(f"EMoE: expected 1 ≤ k_train ≤ k_ideal, found {k_train}, {k_ideal}")
-        self.k_train, self.k_ideal, self.renormalize, self.lambda_hr = k_train, k_ideal, renormalize, lambda_hr
-
-    def rule(self, step: int, seed: int) -> RoutingRule:
-        generator = torch.Generator().manual_seed(derive(seed, "co-activation", step))
-        return CoActivation(
-            k_train=self.k_train, k_ideal=self.k_ideal, renormalize=self.renormalize, generator=generator
-        )
-
-    def loss(self, output: ModelOutput) -> Tensor | None:
-        if not self.lambda_hr:
-            return None
-        return self.lambda_hr * torch.stack([hierarchical_router_loss(router) for router in output.routers]).mean()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What a scale fixes for all arms. `ks` are the k' measured: 1, k, 1.5k, 2k, 3k, 4k.
-
-    λ is tried at the last of the learning rates, the control runs at the first.
-    """
-
-    model: ModelConfig
-    train: TrainConfig
-    corpus: str
-    seeds: int
-    learning_rates: tuple[float, ...]
-    k_ideal: int
-    eval_tokens: int
-    checkpoint: str | None = None
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        k, experts = self.model.top_k, self.model.num_experts
-        return tuple(sorted({1, k, 3 * k // 2, 2 * k, 3 * k, 4 * k} & set(range(1, experts + 1))))
-
-
-def _model(
-    *, d: int, f: int, layers: int, heads: int, experts: int, k: int, context: int, vocab: int = 256
-) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=vocab, d_model=d, d_expert=f, num_layers=layers, num_heads=heads, num_experts=experts, top_k=k,
-        context=context,
-    )  # fmt: skip
-
-
-SETTINGS = {
-    "smoke": Setting(
-        model=_model(d=16, f=8, layers=1, heads=2, experts=8, k=2, context=32),
-        train=TrainConfig(
-            steps=20, batch=4, context=32, lr=3e-3, warmup=4, trace_every=5, hash_every=10, checkpoint_every=10
-        ),
-        corpus="synthetic",
-        seeds=2,
-        learning_rates=(3e-3,),
-        k_ideal=8,
-        eval_tokens=2_048,
-    ),
-    "nano": Setting(
-        model=_model(d=64, f=32, layers=2, heads=4, experts=16, k=2, context=128),
-        train=TrainConfig(steps=1_200, batch=8, context=128, lr=3e-3, warmup=40),
-        corpus="stdlib",
-        seeds=3,
-        learning_rates=(3e-3, 6e-3),  # 1.5e-3 and 1.2e-2 lost in the pilot; see README.md
-        k_ideal=8,
-        eval_tokens=65_536,
-    ),
-}
-
-LAMBDAS = (0.0, 0.001, 0.01)
-LAMBDA = 0.001  # for the arms that vary something else
-
-
-def mechanism(config: Mapping[str, Any]) -> Mechanism:
-    """The mechanism that a segment's data describe: none (top-k), or `emoe` with its parameters."""
-    if not config:
-        return Mechanism()
-    return ElasticTraining(
-        k_train=config["k_train"],
-        k_ideal=config["k_ideal"],
-        renormalize=config["renormalize"],
-        lambda_hr=float(config["lambda_hr"]),
-    )
+ALPHAS = (0.1, 0.25, 0.5)  # of the ranks beyond k: the public tests' range, α ≤ .5
 
 
 def design(scale: str, checkpoint: Pretrained | None = None) -> Design:
-    """Arms, groups and figure at `scale`; with a `checkpoint` its model is trained further in every arm.
+    """Arms, groups and figures at `scale`; with a public `checkpoint`, the arms that train it further and no others.
 
-    Raises:
-        UsageError: a scale that is not set up for this paper.
+    `base` and `paper` have those alone, with or without a checkpoint at hand.
     """
-    if scale not in SETTINGS:
-        raise UsageError(f"emoe at scale {scale!r} is not set up yet: expected one of {', '.join(SETTINGS)}")
-    setting = SETTINGS[scale] if checkpoint is None else _post_training(SETTINGS[scale], checkpoint)
-    arms: list[Arm] = []
-    groups: list[Group] = []
-    for gate in ("", "-raw"):
-        top_k = [_arm(setting, "topk", gate, lr=lr) for lr in setting.learning_rates]
-        emoe = [_arm(setting, "emoe", gate, lr=lr, lambda_hr=LAMBDA) for lr in setting.learning_rates]
-        if not gate:
-            last = setting.learning_rates[-1]
-            emoe += [_arm(setting, "emoe", gate, lr=last, lambda_hr=value) for value in LAMBDAS if value != LAMBDA]
-        arms += top_k + emoe
-        note = ", raw gates" if gate else ""
-        groups += [
-            Group(id=f"topk{gate}", label=f"top-k{note}", among=tuple(a.id for a in top_k), by="tuning/loss"),
-            Group(id=f"emoe{gate}", label=f"EMoE{note}", among=tuple(a.id for a in emoe), by="tuning/loss"),
-        ]
-    arms.append(_arm(setting, "control", "", lr=setting.learning_rates[0], k_ideal=setting.model.top_k))
-    metrics = tuple(f"loss/k={k}" for k in setting.ks)
-    k_train = setting.model.top_k
-    figure = Figure(
-        title=f"Held-out loss against the number of experts used at inference, trained with k = {k_train}",
-        x_label="experts used a token at inference, k'",
-        y_label="held-out loss, nats/byte",
-        x=tuple(float(k) for k in setting.ks),
-        curves=tuple(Curve(arm=group.id, metrics=metrics) for group in groups),
+    setting = SETTINGS[scale]
+    if checkpoint:
+        setting = _starting_from(setting, checkpoint)
+    groups = _post(setting) if setting.post.checkpoint else _scratch(setting) | _post(setting)
+    arms = {arm.id: arm for among in groups.values() for arm in among}
+    return Design(
+        seeds=setting.seeds,
+        first_seed=setting.first_seed,
+        arms=tuple(arms.values()),
+        groups=tuple(groups),
+        figures=_figures(setting),
     )
-    return Design(seeds=setting.seeds, arms=tuple(arms), groups=tuple(groups), figures=(figure,))
 
 
-def _post_training(setting: Setting, checkpoint: Pretrained) -> Setting:
+def _starting_from(setting: Setting, checkpoint: Pretrained) -> Setting:
     """The setting with the checkpoint's model in the place of its own, sampled from up to four times its experts a token."""
-    model = replace(checkpoint.model, context=setting.train.context)
-    return replace(setting, model=model, k_ideal=min(4 * model.top_k, model.num_experts), checkpoint=checkpoint.digest)
+    model = replace(checkpoint.model, context=setting.post.train.context)
+    post = replace(setting.post, checkpoint=checkpoint.digest)
+    return replace(setting, model=model, k_ideal=min(4 * model.top_k, model.num_experts), post=post)
+
+
+Groups = dict[Group, tuple[Arm, ...]]
+
+
+def _group(name: str, label: str, *arms: Arm) -> Groups:
+    return {Group(id=name, label=label, among=tuple(arm.id for arm in arms), by="tuning/loss"): arms}
+
+
+def _scratch(setting: Setting) -> Groups:
+    """Arms from random weights."""
+    rates, ks = setting.scratch.learning_rates, setting.ks
+    found: Groups = {}
+    control = _arm(setting, "control", lr=rates[0], k_ideal=ks["1k"])
+    for gate, note in (("", ""), ("-raw", ", raw gates")):
+        model = replace(setting.model, renormalize=not gate)
+        top_k = [_arm(setting, f"topk{gate}", model=model, lr=lr, rivals=not gate) for lr in rates]
+        emoe = [_arm(setting, f"emoe{gate}", model=model, lr=lr, lambda_hr=LAMBDAS[0]) for lr in rates]
+        if not gate:
+            emoe.append(_arm(setting, "emoe", lr=rates[-1], lambda_hr=0.0))
+            found |= _group("topk-ref", "top-k, the control's twin", top_k[0])
+        found |= _group(f"topk{gate}", f"top-k{note}", *top_k)
+        found |= _group(f"emoe{gate}", f"EMoE{note}", *emoe)
+    double = replace(setting.model, top_k=ks["2k"])
+    train = _same_flops(setting.scratch.train, setting.model, double)
+    direct = [_arm(setting, "direct", model=double, train=train, lr=lr) for lr in rates]
+    found |= _group("direct", f"top-{ks['2k']} trained at equal FLOPs", *direct)
+    return found | _group("control", "EMoE with k_ideal = k", control)
+
+
+def _post(setting: Setting) -> Groups:
+    """Arms that go on with a pretrained top-k model on other text."""
+    rates, ks, k = setting.post.learning_rates, setting.ks, setting.model.top_k
+    last = rates[-1]
+    double = replace(setting.model, top_k=ks["2k"])
+    shorter = _same_flops(setting.post.train, setting.model, double)
+
+    def arm(kind: str, *, lr: float = last, **options: Any) -> Arm:
+        return _arm(setting, f"post-{kind}", lr=lr, post=True, **options)
+
+    top_k = [arm("topk", lr=lr, rivals=True, probed=True) for lr in rates]
+    sampling = [arm("sampling", lr=lr, lambda_hr=0.0, probed=True) for lr in rates]
+    full = [arm("full", lambda_hr=value, probed=True) for value in LAMBDAS]
+    return (
+        _group("post-topk", "top-k", *top_k)
+        | _group("post-topk-ref", "top-k, the variants' twin", top_k[-1])
+        | _group("post-sampling", "sampling alone", *sampling)
+        | _group("post-sampling-ref", "sampling alone, the variants' twin", sampling[-1])
+        | _group("post-full", "sampling and router loss", *full)
+        | _group("post-emoe", "EMoE", *sampling, *full)
+        | _group("post-hr", "router loss alone", *(arm("hr", k_ideal=k, lambda_hr=value) for value in LAMBDAS))
+        | _group("post-fixed", "sampling, the router fixed", arm("fixed", lambda_hr=0.0, freeze=("router_ED",)))
+        | _group("post-fixed-topk", "top-k, the router fixed", arm("fixed-topk", freeze=("router_ED",)))
+        | _group("post-control", "EMoE with k_ideal = k", arm("control", k_ideal=k, probed=True))
+        | _group(
+            "post-direct",
+            f"top-{ks['2k']} trained at equal FLOPs",
+            *(arm("direct", lr=lr, model=double, train=shorter) for lr in rates),
+        )
+        | _group(
+            "post-direct-tokens",
+            f"top-{ks['2k']} trained at equal tokens",
+            *(arm("direct-tokens", lr=lr, model=double) for lr in rates),
+        )
+        | _group("post-layer", "pool drawn a layer", arm("layer", lambda_hr=0.0, draw="layer"))
+        | _group("post-step", "pool drawn a step", arm("step", lambda_hr=0.0, draw="step"))
+        | _group("post-pool", "always the largest pool", arm("pool", lambda_hr=0.0, draw="never"))
+        | _group("post-random", "another k in each step", arm("random", k_most=setting.k_ideal))
+    )
+
+
+def _same_flops(train: TrainConfig, model: ModelConfig, double: ModelConfig) -> TrainConfig:
+    """`train` with as many steps of `double` as cost what its own steps of `model` do, in whole trace groups."""
+    ratio = accounting(model).flops_training / accounting(double).flops_training
+    return replace(train, steps=int(train.steps * ratio) // train.trace_every * train.trace_every)
 
 
 def _arm(
-    setting: Setting, kind: str, gate: str, *, lr: float, lambda_hr: float = 0.0, k_ideal: int | None = None
+    setting: Setting,
+    kind: str,
+    *,
+    lr: float,
+    model: ModelConfig | None = None,
+    train: TrainConfig | None = None,
+    post: bool = False,
+    lambda_hr: float | None = None,
+    k_ideal: int | None = None,
+    draw: str | None = None,
+    k_most: int | None = None,
+    freeze: tuple[str, ...] = (),
+    rivals: bool = False,
+    probed: bool = False,
 ) -> Arm:
-    """One arm: `kind` topk trains as the model's config says, any other with co-activation sampling."""
-    model = replace(setting.model, renormalize=not gate)
-    parts, data = [f"{kind}{gate}", f"lr{lr:g}"], {}
-    if kind != "topk":
+    """One arm: co-activation sampling where `lambda_hr` or `k_ideal` is given, random k with `k_most`, else top-k.
+
+    `rivals` measures the rules that avoid dilution, `probed` the router's calibration and the oracle.
+    """
+    model = model or setting.model
+    stage = setting.post if post else setting.scratch
+    data: Mapping[str, Any] = {}
+    if k_most:
+        data = {"k_most": k_most, "renormalize": model.renormalize}
+    elif lambda_hr is not None or k_ideal:
         data = {
             "k_train": model.top_k,
             "k_ideal": k_ideal or setting.k_ideal,
             "renormalize": model.renormalize,
-            "lambda_hr": lambda_hr,
-        }
-        parts += [f"l{lambda_hr:g}"] if kind == "emoe" else []
+            "lambda_hr": lambda_hr or 0.0,
+        } | ({"draw": draw} if draw else {})
     segment = Segment(
         model=model,
-        train=replace(setting.train, lr=lr),
-        corpus=setting.corpus,
+        train=replace(train or stage.train, lr=lr),
+        corpus=stage.corpus,
         mechanism=data,
-        checkpoint=setting.checkpoint,
+        inherit="weights" if post and not setting.post.checkpoint else "nothing",
+        freeze=freeze,
+        checkpoint=setting.post.checkpoint if post else None,
     )
+    ks = setting.ks
+    options: dict[str, Any] = {"ks": ks, "tokens": setting.eval_tokens}
+    forwards = setting.eval_tokens * (len(ks) + 1)
+    if rivals:
+        options["alphas"] = ALPHAS
+        forwards += setting.eval_tokens * (len(ALPHAS) + 2 * sum(k > ks["1k"] for k in ks.values()))
+    if probed:
+        options |= {"calibrated": setting.post.calibrated, "stride": setting.post.stride}
+        options |= {"hindsight": setting.post.hindsight, "pool": setting.k_ideal}
+        context, layers = model.context, model.moe_layers
+        forwards += setting.post.calibrated * context * (1 + layers * ks["2k"])
+        forwards += setting.post.hindsight * context * layers * setting.k_ideal * (ks["1k"] + ks["2k"])
+    named = f"-l{lambda_hr:g}" if lambda_hr is not None and not (draw or freeze) else ""
     return Arm(
-        id="-".join(parts),
+        id=f"{kind}-lr{lr:g}{named}",
         label=f"{kind}, learning rate {lr:g}"
-        + (f", λ {lambda_hr:g}" if kind == "emoe" else "")
-        + (", raw gates" if gate else ""),
-        segments=(segment,),
-        measure={"ks": setting.ks, "tokens": setting.eval_tokens},
-        measure_tokens=setting.eval_tokens * (len(setting.ks) + 1),
+        + (f", λ {lambda_hr:g}" if named else "")
+        + ("" if model.renormalize else ", raw gates"),
+        segments=(*(_pretraining(setting) if post else ()), segment),
+        measure=options,
+        measure_tokens=forwards,
     )
 
 
-def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> Iterator[tuple[str, float]]:
-    """`tuning/loss` on one half of the held-out windows, `loss/k=K'` on the other half, in nats/byte.
+def _pretraining(setting: Setting) -> tuple[Segment, ...]:
+    """What post-training starts from: the arm `topk` at one learning rate, trained once for all, if not a checkpoint."""
+    if setting.post.checkpoint:
+        return ()
+    train = replace(setting.scratch.train, lr=setting.post.pretrained_at)
+    return (Segment(model=setting.model, train=train, corpus=setting.scratch.corpus),)
 
-    Learning rates and λ are chosen on the first, at the k of training; claims are judged on the second.
-    """
-    context = model.config.context
-    tokens_WS, targets_WS = evaluation_windows(held_out, tokens=2 * config["tokens"], context=context)
-    yield "tuning/loss", held_out_loss(model, tokens_WS[0::2], targets_WS[0::2])
-    for k in config["ks"]:
-        rule = TopK(k, renormalize=model.config.renormalize)
-        yield f"loss/k={k}", held_out_loss(model, tokens_WS[1::2], targets_WS[1::2], rule)
+
+def _figures(setting: Setting) -> tuple[Figure, ...]:
+    """Loss against k': from scratch, with raw gates, against rival rules; post-trained, and there what varies one thing."""
+    ks = setting.ks
+    beyond = {name: "loss" if k <= ks["1k"] else "rival" for name, k in ks.items()}
+
+    def figure(title: str, *curves: Curve) -> Figure:
+        return Figure(
+            title=f"{title}, trained with k = {ks['1k']}",
+            x_label="experts used a token at inference, k'",
+            y_label="held-out loss, nats/byte",
+            x=tuple(float(k) for k in ks.values()),
+            curves=curves,
+        )
+
+    def curves(*arms: str) -> tuple[Curve, ...]:
+        return tuple(Curve(arm=arm, metrics=tuple(f"loss/{name}" for name in ks)) for arm in arms)
+
+    def rival(arm: str, rule: str, name: str) -> Curve:
+        metrics = tuple(f"{beyond[k].replace('rival', rule)}/{k}" for k in ks)
+        return Curve(arm=name, arms=(arm,) * len(ks), metrics=metrics)
+
+    return (
+        figure("Loss against experts used", *curves("topk", "emoe", "direct")),
+        figure("Raw gates", *curves("topk-raw", "emoe-raw")),
+        figure(
+            "Without diluting the gates",
+            *curves("topk", "emoe"),
+            rival("topk", "scaled", "top-k, extra ranks scaled"),
+            rival("topk", "anchored", "top-k, anchored denominator"),
+        ),
+        figure(
+            "Post-trained on other text", *curves("post-topk", "post-emoe", "post-direct", "post-fixed", "post-random")
+        ),
+        figure("Parts of EMoE, post-trained", *curves("post-topk", "post-sampling", "post-full", "post-hr")),
+        figure(
+            "Choices left open, post-trained",
+            *curves("post-topk-ref", "post-sampling-ref", "post-layer", "post-step", "post-pool"),
+        ),
+    )

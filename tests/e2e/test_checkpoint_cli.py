@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_is_trained_further_and_audited(checkpoint: Path, tmp_path: Path) -> None:
-    command = ("run", "emoe", "--scale", "smoke", "--claims", "A1", "--out", tmp_path / "run")
+    command = ("run", "emoe", "--scale", "smoke", "--claims", "A1-post", "--out", tmp_path / "run")
     done = repro(*command, "--checkpoint", checkpoint)
     assert done.returncode == 4, done.stderr.decode()
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

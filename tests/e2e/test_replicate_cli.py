@@ -34,7 +34,7 @@ def test_papers_and_claims():
     assert [claim["id"] for claim in claims][:3] == ["A1", "A2", "A3"]
     assert all(claim["source"] and claim["statement"] and claim["passes"] for claim in claims)
     text = repro("claims", "EMoE").stdout.decode()
-    assert "replicated if all of: topk loss/k=4 > topk loss/k=2 + 2σ, p < 0.05" in text
+    assert "replicated if all of: topk loss/2k > topk loss/1k + 2σ, p < 0.05" in text
 
 
 def test_plan_prints_its_digest_and_its_own_canonical_json():
@@ -58,7 +58,7 @@ def test_judge_and_report_again(smoke_run):
 def test_the_report_stands_alone(smoke_run):
     page = (smoke_run / "report.html").read_text()
     assert faults(page) == []
-    assert page.count('<figure class="plot') == 1
+    assert page.count('<figure class="plot') == 2
     for attribute in (' src="', "@import", "url(http", "<link"):
         assert attribute not in page
     for text in ("inconclusive", "Deviations from the paper", "topk-lr0.003", "95% interval", "repro run emoe"):
