@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from repro.model import ModelConfig, Transformer
 
+NOT_AT_HAND = "not at hand"
+"""Takes the place of a digest in a plan that is made for its cost alone."""
 INDEX, SINGLE, CONFIG, TOKENIZER = "model.safetensors.index.json", "model.safetensors", "config.json", "tokenizer.json"
 FREE = ("context", "top_k", "renormalize", "backend")
 """Fields that a segment may set otherwise than the checkpoint's config: no weight depends on them."""

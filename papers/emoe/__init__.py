@@ -23,7 +23,7 @@ from typing import Any
 
 from papers.emoe.inference import measure
 from papers.emoe.sampling import CoActivation, ElasticTraining, RandomK, hierarchical_router_loss, mechanism
-from papers.emoe.scales import LAMBDAS, SETTINGS, Setting
+from papers.emoe.scales import LAMBDAS, SETTINGS, Scratch, Setting
 from repro.experiment import Arm, Curve, Design, Figure, Group
 from repro.model import ModelConfig, accounting
 from repro.pretrained import Pretrained
@@ -51,7 +51,9 @@ def design(scale: str, checkpoint: Pretrained | None = None) -> Design:
     setting = SETTINGS[scale]
     if checkpoint:
         setting = _starting_from(setting, checkpoint)
-    groups = _post(setting) if setting.post.checkpoint else _scratch(setting) | _post(setting)
+    groups = _post(setting)
+    if setting.scratch and not setting.post.checkpoint:
+        groups = _scratch(setting, setting.scratch) | groups
     arms = {arm.id: arm for among in groups.values() for arm in among}
     return Design(
         seeds=setting.seeds,
@@ -76,9 +78,9 @@ def _group(name: str, label: str, *arms: Arm) -> Groups:
     return {Group(id=name, label=label, among=tuple(arm.id for arm in arms), by="tuning/loss"): arms}
 
 
-def _scratch(setting: Setting) -> Groups:
+def _scratch(setting: Setting, stage: Scratch) -> Groups:
     """Arms from random weights."""
-    rates, ks = setting.scratch.learning_rates, setting.ks
+    rates, ks = stage.learning_rates, setting.ks
     found: Groups = {}
     control = _arm(setting, "control", lr=rates[0], k_ideal=ks["1k"])
     for gate, note in (("", ""), ("-raw", ", raw gates")):
@@ -91,7 +93,7 @@ def _scratch(setting: Setting) -> Groups:
         found |= _group(f"topk{gate}", f"top-k{note}", *top_k)
         found |= _group(f"emoe{gate}", f"EMoE{note}", *emoe)
     double = replace(setting.model, top_k=ks["2k"])
-    train = _same_flops(setting.scratch.train, setting.model, double)
+    train = _same_flops(stage.train, setting.model, double)
     direct = [_arm(setting, "direct", model=double, train=train, lr=lr) for lr in rates]
     found |= _group("direct", f"top-{ks['2k']} trained at equal FLOPs", *direct)
     return found | _group("control", "EMoE with k_ideal = k", control)
@@ -166,6 +168,7 @@ def _arm(
     """
     model = model or setting.model
     stage = setting.post if post else setting.scratch
+    assert stage
     data: Mapping[str, Any] = {}
     if k_most:
         data = {"k_most": k_most, "renormalize": model.renormalize}
@@ -211,7 +214,7 @@ def _arm(
 
 def _pretraining(setting: Setting) -> tuple[Segment, ...]:
     """What post-training starts from: the arm `topk` at one learning rate, trained once for all, if not a checkpoint."""
-    if setting.post.checkpoint:
+    if setting.post.checkpoint or not setting.scratch:
         return ()
     train = replace(setting.scratch.train, lr=setting.post.pretrained_at)
     return (Segment(model=setting.model, train=train, corpus=setting.scratch.corpus),)

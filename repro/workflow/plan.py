@@ -33,6 +33,7 @@ from repro.experiment import (
     select_claims,
     slug_of,
 )
+from repro.pretrained import NOT_AT_HAND
 
 PLAN_SCHEMA = "repro.plan/v1"
 _ARM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -131,9 +132,6 @@ def make_plan(
         }
     )
     return plan
-
-
-NOT_AT_HAND = "not at hand"
 
 
 def _design(module: PaperModule, scale: str, checkpoint: Path | None, *, dry: bool) -> Design:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from records.errors import UsageError
 from repro.config import encode
 from repro.data.corpus import load
 from repro.evals.held_out import held_out_loss
-from repro.experiment import load_claims
+from repro.experiment import load_claims, select_claims
 from repro.model import ModelConfig, Transformer, accounting
 from repro.moe import MoE, RouterOutput, TopK
+from repro.pretrained import NOT_AT_HAND, Pretrained
 from repro.workflow.plan import estimate, make_plan
 
 
@@ -290,6 +292,29 @@ def test_what_is_measured_has_the_names_that_claims_rely_on():
             assert 0.0 < found["scaled/alpha"] <= 0.5
             assert found["oracle/1k"] < found["loss/1k"]
         assert found["flops/4k"] > found["flops/1k"]
+
+
+@pytest.mark.parametrize("scale", ["base", "paper"])
+def test_a_public_checkpoint_is_what_base_and_paper_train_further(scale):
+    design = emoe.design(scale)
+    assert all(arm.id.startswith("post-") and len(arm.segments) == 1 for arm in design.arms)
+    assert {arm.segments[0].checkpoint for arm in design.arms} == {NOT_AT_HAND}
+    total = accounting(design.arms[0].segments[0].model).total
+    assert total == pytest.approx(6.92e9, rel=0.002)  # OLMoE-1B-7B: 6.9B parameters
+    assert emoe.SETTINGS[scale].ks == {"0.5k": 4, "1k": 8, "1.5k": 12, "2k": 16, "3k": 24, "4k": 32}
+    default = select_claims(load_claims("emoe"), None, scale)
+    assert {claim.suite for claim in default} == {"post"}
+
+
+def test_with_a_checkpoint_any_scale_trains_its_model_further():
+    model = replace(emoe.SETTINGS["smoke"].model, num_experts=6, top_k=2, context=4_096, qk_norm="head")
+    found = Pretrained(folder=Path(), digest="ab" * 32, files=(), architecture="", model=model)
+    arms = emoe.design("smoke", checkpoint=found).arms
+    segments = [segment for arm in arms for segment in arm.segments]
+    assert len(segments) == len(arms)
+    assert {segment.checkpoint for segment in segments} == {found.digest}
+    assert {replace(segment.model, top_k=2) for segment in segments} == {replace(model, context=32)}
+    assert {segment.mechanism.get("k_ideal", 2) for segment in segments} == {2, 6}
 
 
 def test_arms_of_nano_see_the_same_tokens_and_cost_the_same():
