@@ -223,7 +223,8 @@ def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> I
     `scaled/…`, `anchored/…`    the same with `ScaledTail` and `Anchored`; `scaled/alpha` is chosen on the first half
     `calibration/…`, `utility/…`, `oracle/…`   at 2k, and of hindsight at 1k too, on the first windows of the other half
     """
-    renormalize, ks = model.config.renormalize, config["ks"]
+    # in the order of k', not of the mapping: a plan read from its file has its keys sorted
+    renormalize, ks = model.config.renormalize, dict(sorted(config["ks"].items(), key=lambda item: item[1]))
     tokens_WS, targets_WS = evaluation_windows(held_out, tokens=2 * config["tokens"], context=model.config.context)
     tuning, judged = (tokens_WS[0::2], targets_WS[0::2]), (tokens_WS[1::2], targets_WS[1::2])
     yield "tuning/loss", held_out_loss(model, *tuning)

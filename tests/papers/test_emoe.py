@@ -12,6 +12,7 @@ from scipy import stats
 
 import papers.emoe as emoe
 from papers.emoe.inference import Anchored, ScaledTail, calibration, leave_one_out, oracle_losses, rank_correlation
+from records import canonical
 from records.errors import UsageError
 from repro.config import encode
 from repro.data.corpus import load
@@ -286,7 +287,10 @@ def test_what_is_measured_has_the_names_that_claims_rely_on():
     for kind in ("post-topk", "control"):
         arm = next(arm for arm in emoe.design("smoke").arms if arm.id.startswith(kind))
         model = Transformer(arm.segments[-1].model)
-        found = dict(emoe.measure(model, encode(arm.measure), load("synthetic:1").held_out))
+        held_out = load("synthetic:1").held_out
+        found = dict(emoe.measure(model, encode(arm.measure), held_out))
+        again = dict(emoe.measure(model, canonical.loads(canonical.dumps(encode(arm.measure))), held_out))
+        assert list(again.items()) == list(found.items())  # also from the plan's file, whose keys are sorted
         assert measured(arm) <= found.keys()
         if "scaled/2k" in found:
             assert 0.0 < found["scaled/alpha"] <= 0.5
