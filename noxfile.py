@@ -84,6 +84,13 @@ def formats(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Runs killed at 200 random moments and resumed: the same weights, traces and verdict inputs; `-- --kills 20` for less."""
+    _install(session)
+    _run(session, "python", "tests/soak/soak.py", *session.posargs)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Speed ratios, measured side by side."""
     _install(session)

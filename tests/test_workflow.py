@@ -469,6 +469,16 @@ def test_a_worker_that_dies_is_said_and_recoverable(tmp_path):
     assert repro("run", "emoe", "--scale", "smoke", "--out", folder, "--resume").returncode == 4
 
 
+def test_a_worker_whose_run_was_killed_ends_without_a_word():
+    """Found by killing runs at random: it had nobody to tell of its trouble, and printed a traceback of that."""
+    code = (
+        "from multiprocessing import Pipe; from repro.workflow import worker; ours, theirs = Pipe(duplex=False); "
+        "ours.close(); worker.main({}, 'x', 'arm', 0, None, 0, theirs)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_a_manifest_lists_every_file(bundle):
     listed = json.loads(bundle["manifest.json"])["files"]
     assert set(listed) == set(bundle) - {"manifest.json", "statement.dsse.json"}

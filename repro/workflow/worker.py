@@ -42,6 +42,13 @@ def main(
 
     `checkpoint` is the folder of the public checkpoint that a first segment may start from.
     """
+
+    def tell(message: tuple[Any, ...]) -> None:
+        try:
+            pipe.send(message)
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone: nobody waits for this result, and nobody is to be told
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this process
     try:
         set_deterministic()
@@ -49,22 +56,18 @@ def main(
         if segment is None:
             measure(plan, Path(folder), job)
         else:
-            train(
-                plan, Path(folder), job, segment, lambda tokens: pipe.send(("progress", tokens)), checkpoint, stop=stop
-            )
-        pipe.send(("done",))
+            train(plan, Path(folder), job, segment, lambda tokens: tell(("progress", tokens)), checkpoint, stop=stop)
+        tell(("done",))
     except ReproError as error:
-        pipe.send(("error", type(error), str(error)))
-    except BrokenPipeError:
-        os._exit(1)  # the parent is gone: nobody waits for this result
+        tell(("error", type(error), str(error)))
     except OSError as error:
-        pipe.send(("error", UsageError, f"{error.strerror}: {error.filename}; mend it and go on with --resume"))
+        tell(("error", UsageError, f"{error.strerror}: {error.filename}; mend it and go on with --resume"))
     except MemoryError:
-        pipe.send(("error", UsageError, "out of memory; go on with --resume and fewer --workers"))
+        tell(("error", UsageError, "out of memory; go on with --resume and fewer --workers"))
     except Exception as error:  # a bug: the parent says so in one line, as the CLI does for its own
         if os.environ.get("REPRO_DEBUG"):
             raise
-        pipe.send(("error", InternalError, f"internal error: {type(error).__name__}: {error}; please report it"))
+        tell(("error", InternalError, f"internal error: {type(error).__name__}: {error}; please report it"))
     finally:
         sys.stdout.flush()
         pipe.close()
