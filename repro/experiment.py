@@ -88,6 +88,8 @@ class Quantity:
             text = f"{self.arm} min({self.least_of[0]} … {self.least_of[-1]})"
         if self.times != 1 and not self.least_of:
             text += f" × {self.times:g}"
+        if self.minus and self.minus.value is not None and self.minus.value < 0:
+            return f"({text} + {-self.minus.value:g})"
         return f"({text} − {self.minus})" if self.minus else text
 
 
