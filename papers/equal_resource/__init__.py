@@ -18,16 +18,16 @@ other random draws). See README.md for deviations.
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from papers.equal_resource.settings import SETTINGS, Setting, Size
 from papers.equal_resource.solver import (
     Backbone,
     Resource,
     Schedule,
     Shape,
-    dense_shape,
     moe_shape,
     schedule,
     solve,
@@ -35,79 +35,18 @@ from papers.equal_resource.solver import (
     step_law_lr,
 )
 from records.errors import UsageError
+from repro.data import corpus
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
 from repro.experiment import Arm, Curve, Design, Figure, Group
 from repro.model import ModelConfig, Transformer
-from repro.train import Mechanism, Segment, TrainConfig
+from repro.train import Mechanism, Segment
 
 RATES = (0.125, 0.2, 0.275, 0.44, 0.58)  # the last three are those that the paper reached with 8 experts
 BEST = 0.2
 COARSE_EXPERTS = 8
-RATE_TOLERANCE = 0.03
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """One N: the dense model, and what its MoEs share.
-
-    `dense` holds the search's settings (see `solver.dense_shape`), `ratio` the dense model's tokens a parameter, `d_expert`
-    the granularity of the sweep.
-    """
-
-    parameters: int
-    backbone: Backbone
-    d_expert: int
-    ratio: float
-    dense: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What a scale fixes. `learning_rates` by the beginning of `Plan.tuned`, the longest that fits; `head` is a head's width.
-
-    With `law` = True they are multiples of Step Law's learning rate for each arm.
-    """
-
-    main: Size
-    other: Size
-    train: TrainConfig
-    least_warmup: int
-    warmup_share: float
-    corpus: str
-    seeds: int
-    learning_rates: Mapping[str, tuple[float, ...]]
-    eval_tokens: int
-    head: int
-    vocab: int = 256
-    law: bool = False
-    most_windows: int = 1 << 30
-
-
-def _backbone(d_model: int, layers: int, d_dense: int) -> Backbone:
-    return Backbone(d_model=d_model, num_layers=layers, d_dense=d_dense)
-
-
-_BYTES = {"multiple": 8, "head": 8, "zeta": 16.0}
-_TRAIN = TrainConfig(steps=1, batch=1, context=64, lr=1e-3, schedule="cosine", weight_decay=0.1, clip=1.0, balance=0.01)
-
-SETTINGS = {
-    "smoke": Setting(
-        main=Size(parameters=76_500, backbone=_backbone(16, 3, 44), d_expert=8, ratio=0.1, dense=_BYTES),
-        other=Size(parameters=47_500, backbone=_backbone(12, 3, 32), d_expert=6, ratio=0.1, dense=_BYTES | {"head": 4}),
-        train=replace(_TRAIN, context=32, trace_every=5, hash_every=10, checkpoint_every=10),
-        least_warmup=4, warmup_share=0.01, corpus="synthetic", seeds=2, head=4, eval_tokens=2_048,
-        learning_rates={"": (0.01,)},
-    ),
-    "nano": Setting(
-        main=Size(parameters=76_500, backbone=_backbone(16, 3, 44), d_expert=8, ratio=5.9, dense=_BYTES),
-        other=Size(parameters=183_000, backbone=_backbone(24, 3, 66), d_expert=12, ratio=5.9, dense=_BYTES),
-        train=_TRAIN,
-        least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=262_144,
-        learning_rates={"dense": (0.008,), "moe": (0.024,)},
-    ),
-}  # fmt: skip
+SHARES = {"": 1.0, "half-": 0.5, "lean-": 0.25}  # of the compute, by the beginning of an arm's name
 
 
 def mechanism(config: Mapping[str, Any]) -> Mechanism:
@@ -143,46 +82,45 @@ def shapes(scale: str) -> dict[str, Plan]:
     context = setting.train.context
     found: dict[str, Plan] = {}
 
-    def spend(name: str, shape: Shape, compute: float, *, tuned: str) -> None:
-        found[name] = Plan(shape=shape, spent=schedule(shape, compute, most=setting.most_windows), tuned=tuned)
+    def spend(name: str, shape: Shape, compute: float, tuned: str) -> None:
+        found[name] = Plan(shape=shape, spent=schedule(shape, compute), tuned=tuned)
 
-    def sweep(prefix: str, size: Size, share: float) -> float:
-        dense = dense_shape(size.parameters, context, **size.dense)
-        compute = share * size.ratio * dense.parameters * dense.flops
+    def sweep(prefix: str, size: Size, compute: float) -> None:
         solved = solve(
             Resource(parameters=size.parameters, compute=compute), context, backbone=size.backbone, rates=RATES,
-            d_experts=(size.d_expert,), rate_tolerance=RATE_TOLERANCE, most=setting.most_windows, **size.dense,
+            d_experts=(size.d_expert,), rate_tolerance=setting.rate_tolerance, **size.dense,
         )  # fmt: skip
         for rate, (shape, spent) in solved.items():
-            name = "dense" if rate == 1 else f"moe{_thousandths(rate)}"
-            found[f"{prefix}{name}"] = Plan(shape=shape, spent=spent, tuned=name)
-        return compute
+            if rate < 1:
+                found[f"{prefix}{_moe(rate)}"] = Plan(shape=shape, spent=spent, tuned=_moe(rate))
+            elif not prefix:
+                found["dense"] = Plan(shape=shape, spent=spent, tuned="dense")
 
-    compute = sweep("", setting.main, 1.0)
-    dense, best = found["dense"], found[f"moe{_thousandths(BEST)}"]
-    spend("dense-2c", dense.shape, 2 * compute, tuned="dense-2c")
+    def moe(rate: float, backbone: Backbone, **more: Any) -> Shape:
+        more = {"d_experts": (setting.main.d_expert,)} | more
+        tolerance = setting.rate_tolerance
+        return moe_shape(setting.main.parameters, rate, context, backbone=backbone, rate_tolerance=tolerance, **more)
+
+    main, backbone = setting.main, setting.main.backbone
+    for prefix, share in SHARES.items():
+        sweep(prefix, main, share * main.compute)
+    sweep("other-", setting.other, setting.other.compute)
+    dense, best = found["dense"], found[_moe(BEST)]
+    spend("dense-2c", dense.shape, 2 * main.compute, "dense")
     found["dense-again"] = replace(dense, reseed=1_000)
     found["frozen"] = replace(best, freeze=("router_ED",))
-    window = context * 4  # a whole number of windows, whatever the batch
-    found["strict"] = replace(best, unique=dense.spent.tokens // window * window)
-    found["loose"] = replace(best, unique=best.spent.tokens // 2 // window * window)
-    found["starved"] = replace(
-        best, unique=max(dense.spent.tokens // 64, best.spent.batch * context) // context * context
-    )
+    for name, tokens in (
+        ("strict", dense.spent.tokens),
+        ("loose", best.spent.tokens // 2),
+        ("starved", max(dense.spent.tokens // 64, best.spent.batch * context)),
+    ):
+        found[name] = replace(best, unique=tokens // context * context)
+    step = max(1, main.d_expert // 8)
     for rate in RATES[2:]:
-        spend(
-            f"coarse{_thousandths(rate)}",
-            _moe(setting.main, context, rate, coarse=True),
-            compute,
-            tuned=f"moe{_thousandths(rate)}",
-        )
-    layers = setting.main.backbone.num_layers
-    for name, blocks in (("interleaved", tuple(range(0, layers, 2))), ("all-moe", ())):
-        size = replace(setting.main, backbone=replace(setting.main.backbone, dense_blocks=blocks))
-        spend(name, _moe(size, context, BEST), compute, tuned=best.tuned)
-    sweep("half-", setting.main, 0.5)
-    sweep("lean-", setting.main, 0.25)
-    sweep("other-", setting.other, 1.0)
+        shape = moe(rate, backbone, d_experts=range(step, 4 * backbone.d_dense, step), experts=COARSE_EXPERTS)
+        spend(f"coarse{_thousandths(rate)}", shape, main.compute, _moe(rate))
+    for name, blocks in (("interleaved", tuple(range(0, backbone.num_layers, 2))), ("all-moe", ())):
+        spend(name, moe(BEST, replace(backbone, dense_blocks=blocks)), main.compute, best.tuned)
     return found
 
 
@@ -190,14 +128,8 @@ def _thousandths(rate: float) -> str:
     return f"{1000 * rate:03.0f}"
 
 
-def _moe(size: Size, context: int, rate: float, *, coarse: bool = False) -> Shape:
-    """The MoE of a size at `rate`; a `coarse` one has 8 experts, as wide as it takes."""
-    step = max(1, size.d_expert // 8)
-    widths = range(step, 4 * size.backbone.d_dense, step) if coarse else (size.d_expert,)
-    return moe_shape(
-        size.parameters, rate, context, backbone=size.backbone, d_experts=widths,
-        experts=COARSE_EXPERTS if coarse else None, rate_tolerance=RATE_TOLERANCE,
-    )  # fmt: skip
+def _moe(rate: float) -> str:
+    return f"moe{_thousandths(rate)}"
 
 
 def design(scale: str) -> Design:
@@ -246,63 +178,62 @@ def _arm(setting: Setting, name: str, plan: Plan, lr: float) -> Arm:
         id=f"{name}-lr{lr:g}",
         label=f"{name}: {shape}, {spent.tokens:,} tokens, learning rate {lr:g} (Step Law {law['lr']:.2g})",
         segments=(Segment(model=model, train=train, corpus=setting.corpus, freeze=plan.freeze, reseed=plan.reseed),),
-        measure={"tokens": setting.eval_tokens, "step_law": law},
+        measure={"tokens": setting.eval_tokens, "corpus": setting.corpus, "step_law": law},
         measure_tokens=2 * setting.eval_tokens,
     )
 
 
 def _figures(scale: str) -> tuple[Figure, ...]:
     plans = shapes(scale)
-    names = [_thousandths(rate) for rate in RATES]
-    best = f"moe{_thousandths(BEST)}"
+
+    def line(label: str, arms: Iterable[str]) -> Curve:
+        names = tuple(arms)
+        return Curve(arm=label, arms=names, metrics=("bpc",) * len(names))
 
     def sweep(prefix: str, label: str) -> Curve:
-        return Curve(arm=label, arms=tuple(f"{prefix}moe{name}" for name in names), metrics=("bpc",) * len(names))
+        return line(label, (f"{prefix}{_moe(rate)}" for rate in RATES))
 
-    def level(prefix: str) -> str:
-        dense = plans[f"{prefix}dense"]
-        return f"dense D/N = {dense.spent.tokens / dense.shape.parameters:.3g}"
+    def flat(arm: str, points: int) -> Curve:
+        return Curve(arm=arm, metrics=("bpc",) * points)
 
-    across: dict[str, Any] = {"x_label": "activation rate r_a, %", "y_label": "bits per character", "kind": "metrics"}
+    across: dict[str, Any] = {"x_label": "activation rate r_a, %", "y_label": "bits per character"}
     x = tuple(100 * rate for rate in RATES)
-    dense = Curve(arm="dense", metrics=("bpc",) * len(x))
-    epochs = sorted(
-        (round(plan.spent.tokens / plan.unique if plan.unique else 1.0, 2), name)
-        for name in (best, "loose", "strict")
-        for plan in (plans[name],)
-    )
+    levels = [
+        sweep(
+            prefix,
+            f"D/N of the dense model {share * plans['dense'].spent.tokens / plans['dense'].shape.parameters:.3g}",
+        )
+        for prefix, share in SHARES.items()
+    ]
+    sizes = [sweep(p, f"N = {plans[f'{p}{_moe(BEST)}'].shape.parameters:,}") for p in ("", "other-")]
+    epochs = sorted((_epochs(plans[name]), name) for name in (_moe(BEST), "loose", "strict"))
+    coarse = [f"coarse{_thousandths(rate)}" for rate in RATES[2:]]
     return (
         Figure(title="Equal N and C: bits per character against the activation rate", x=x, fit=True,
-               curves=(sweep("", "MoE"), dense), **across),
-        Figure(title="The sweep at four, two and one times less compute", x=x, fit=True,
-               curves=tuple(sweep(prefix, level(prefix)) for prefix in ("lean-", "half-", "")), **across),
-        Figure(title="The sweep at two sizes", x=x, fit=True,
-               curves=tuple(sweep(p, f"N = {plans[f'{p}dense'].shape.parameters:,}") for p in ("", "other-")), **across),
-        Figure(title="One granularity against 8 experts", x=x[2:], curves=(
-            replace(sweep("", "one granularity"), arms=tuple(f"moe{n}" for n in names[2:]), metrics=("bpc",) * 3),
-            Curve(arm="8 experts", arms=tuple(f"coarse{n}" for n in names[2:]), metrics=("bpc",) * 3),
-        ), **across),
-        Figure(
-            title=f"Reuse at r_a = {BEST:.0%}: bits per character against epochs over the unique tokens",
-            x_label="epochs", y_label="bits per character", x=tuple(e for e, _ in epochs),
-            curves=(
-                Curve(arm="MoE on repeated text", arms=tuple(n for _, n in epochs), metrics=("bpc",) * 3),
-                Curve(arm="dense", metrics=("bpc",) * 3),
-            ),
-        ),
+               curves=(sweep("", "MoE"), flat("dense", len(x)), flat("dense-2c", len(x))), **across),
+        Figure(title="Reuse: bits per character against epochs over the unique tokens, r_a = 20%", x_label="epochs",
+               y_label="bits per character", x=tuple(round(epoch, 2) for epoch, _ in epochs),
+               curves=(line("MoE on repeated text", (name for _, name in epochs)), flat("dense", 3))),
+        Figure(title="Activation rate by tokens a parameter", x=x, fit=True, curves=tuple(levels), **across),
+        Figure(title="Activation rate by size", x=x, fit=True, curves=tuple(sizes), **across),
+        Figure(title="One granularity against 8 experts", x=x[2:], **across,
+               curves=(line("one granularity", map(_moe, RATES[2:])), line("8 experts", coarse))),
     )  # fmt: skip
+
+
+def _epochs(plan: Plan) -> float:
+    return plan.spent.tokens / plan.unique if plan.unique else 1.0
 
 
 def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> Iterator[tuple[str, float]]:
     """`tuning/bpc` on one half of the held-out windows; `bpb` and `bpc` on the other: bits a byte and a character.
 
-    Text is UTF-8, where a character is a byte and the bytes 10xxxxxx that follow it. Learning rates are chosen on the
-    first half, claims are judged on the second.
+    Bytes and characters a token are those of the whole held-out text. Learning rates are chosen on the first half, claims
+    are judged on the second.
     """
+    text = corpus.load(config["corpus"])
     tokens_WS, targets_WS = evaluation_windows(held_out, tokens=2 * config["tokens"], context=model.config.context)
-    for name, part in (("tuning/", slice(0, None, 2)), ("", slice(1, None, 2))):
-        targets = targets_WS[part]
-        bits = held_out_loss(model, tokens_WS[part], targets) / math.log(2)
-        if not name:
-            yield "bpb", bits
-        yield f"{name}bpc", bits * targets.numel() / int(((targets & 0xC0) != 0x80).sum())
+    tuning, bits = (held_out_loss(model, tokens_WS[part::2], targets_WS[part::2]) / math.log(2) for part in (0, 1))
+    yield "tuning/bpc", tuning / text.characters_per_token
+    yield "bpb", bits / text.bytes_per_token
+    yield "bpc", bits / text.characters_per_token
