@@ -134,6 +134,12 @@ def reproduce_expert_upcycling(session: nox.Session) -> None:
     _reproduce(session, "expert-upcycling")
 
 
+@nox.session(name="reproduce-equal-resource", default=False)
+def reproduce_equal_resource(session: nox.Session) -> None:
+    """Mixture-of-Experts under strictly equal resource (arXiv 2506.12119)."""
+    _reproduce(session, "equal-resource")
+
+
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """What needs a GPU: the core's tests there, and the benchmarks against its peers."""
