@@ -289,7 +289,8 @@ class Figure:
     for each of `names`: how far the curves' metrics lie above the base's, each curve having a metric and an arm for each row.
     `training` draws the traced loss of the curves' arms against tokens, `time` against measured seconds, `probe` the
     probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
-    a segment begins. `load` draws what the probes say of each expert's load, a map for each curve's arm, seed and layer.
+    the pool grew or another part of the training began. `load` draws what the probes say of each expert's load, a map
+    for each curve's arm, seed and layer.
     A figure of a `suite` needs all its arms run where all claims of that suite are asked for, and none otherwise.
     """
 

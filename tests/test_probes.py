@@ -124,7 +124,7 @@ def test_a_probe_out_of_its_place_and_one_that_nobody_asked_for(executed):
 
 def test_an_audit_elsewhere_asks_for_the_same_form(executed, tmp_path):
     plan, files = executed
-    (job,) = jobs(plan)
+    drawn = audit.Drawn(arms=jobs(plan), stretches=[], seed=0)
     for change, agreement in (
         (of_probe(10, values={"pair": ["1.25", "2.0"]}), "within_tolerance"),
         (of_probe(10, values={"pair": ["1.5"]}), "differs"),
@@ -133,9 +133,9 @@ def test_an_audit_elsewhere_asks_for_the_same_form(executed, tmp_path):
         for name, data in changed(executed, change).items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
-        (found,) = audit.compare(plan, [job], files, tmp_path, exact=False)
+        (found,) = audit.compare(plan, drawn, files, tmp_path, exact=False)
         assert found.agreement == agreement
-        (exact,) = audit.compare(plan, [job], files, tmp_path, exact=True)
+        (exact,) = audit.compare(plan, drawn, files, tmp_path, exact=True)
         assert exact.agreement == "differs"
 
 
@@ -165,6 +165,27 @@ def test_a_design_names_its_seeds(monkeypatch):
     monkeypatch.setattr(plans, "paper_module", lambda slug: Later)
     assert make_plan("emoe", scale="smoke")["seeds"] == [7, 8]
     assert make_plan("emoe", scale="smoke", seeds=3)["seeds"] == [7, 8, 9]
+
+
+def test_a_segment_that_just_goes_on_is_no_part_of_its_own(executed):
+    plan, files = executed
+    for change, parts in (({}, 1), ({"inherit": "weights"}, 2), ({"growth": {"experts": "copy"}}, 2)):
+        two = json.loads(canonical.dumps(plan))
+        first = two["arms"][0]["segments"][0]
+        two["arms"][0]["segments"].append(first | {"inherit": "all"} | change)
+        (job,) = jobs(two)
+        (before,) = jobs(plan)
+        trace = files[f"{before.segments[0].folder}/trace.jsonl"]
+        made = {
+            f"{segment.folder}/trace.jsonl": rechained(trace, genesis(plan_digest(two), segment.digest), lambda e: e)
+            for segment in job.segments
+        }
+        made[job.file] = measures(job, made[f"{job.segments[1].folder}/trace.jsonl"])
+        loaded = load(two, made)
+        assert loaded.faults == ()
+        losses = loaded.losses["a", 0]
+        assert len(losses) == len(loaded.probes["a", 0]) == parts
+        assert [tokens // 64 for part in losses for tokens, _ in part] == [*range(5, 51, 5)]
 
 
 def test_measured_times_of_the_wall_and_of_the_work(executed):

@@ -28,9 +28,9 @@ READING = {
     "fit": "Thin lines: each seed; marks: mean, 95% interval; dashed: parabola in log x, its 95% band, and its optimum's.",
     "closure": "Thin lines: each seed; marks: the share that the sums over seeds close, and its 95% bootstrap interval.",
     "cells": "Small dots: each seed; marks: mean and its 95% interval over seeds.",
-    "training": "A line each seed; marks show where a segment begins.",
-    "time": "A line each seed; marks show where a segment begins.",
-    "probe": "A line each seed; marks show where a segment begins.",
+    "training": "A line each seed; marks show where the pool grew, or another part of the training began.",
+    "time": "A line each seed; marks show where the pool grew, or another part of the training began.",
+    "probe": "A line each seed; marks show where the pool grew, or another part of the training began.",
     "load": "A row each arm and seed, a column each layer; 1 is an even share of the tokens, lines show where the pool grew.",
 }
 """How to read a figure, by its kind."""
@@ -38,7 +38,7 @@ READING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Courses:
-    """What went on during training, by arm and seed, for each of its segments.
+    """What went on during training, by arm and seed, for each of its parts: a segment with those that just go on from it.
 
     `losses` are (tokens since the arm's start, mean loss of a step group), `timed` the same by measured seconds, `probes`
     (tokens since the arm's start, a look at the live model).

@@ -29,7 +29,8 @@ _T = TypeVar("_T")
 class Loaded:
     """Evidence by (arm, seed); `faults` are chains that do not hold; `missing` files of arms that were not run.
 
-    `losses`: by (arm, seed), for each of its segments, (tokens since the arm's start, mean loss of a step group).
+    `losses`: by (arm, seed), for each part of its training, a segment with those that just go on from it: (tokens since the
+    arm's start, mean loss of a step group).
     `timed`: likewise, (measured seconds since the arm's start, mean loss); empty where a time is lacking.
     `probes`: likewise, (tokens since the arm's start, what the trace says of the live model there).
     """
@@ -225,11 +226,13 @@ def _is_decimal(value: object) -> bool:
 
 
 def _along(job: ArmJob, found: Mapping[str, list[tuple[int, _T]]]) -> list[list[tuple[int, _T]]]:
-    """What was found by step of each segment, by tokens since the arm's start."""
-    curve, before = [], 0
-    for segment in job.segments:
+    """What was found by step of each part, by tokens since the arm's start."""
+    curve: list[list[tuple[int, _T]]] = []
+    before = 0
+    for segment, begins in zip(job.segments, _begins(job), strict=True):
         tokens = segment.tokens // segment.config["train"]["steps"]
-        curve.append([(before + step * tokens, value) for step, value in found[segment.digest]])
+        curve += [[]] * begins
+        curve[-1] = curve[-1] + [(before + step * tokens, value) for step, value in found[segment.digest]]
         before += segment.tokens
     return curve
 
@@ -237,15 +240,26 @@ def _along(job: ArmJob, found: Mapping[str, list[tuple[int, _T]]]) -> list[list[
 def _over_time(
     job: ArmJob, losses: Mapping[str, list[tuple[int, float]]], files: Mapping[str, bytes]
 ) -> list[list[tuple[float, float]]]:
-    """Losses of each segment by measured seconds since the arm's start; steps done twice after a kill count twice."""
-    curve, seconds = [], 0.0
-    for segment in job.segments:
+    """Losses of each part by measured seconds since the arm's start; steps done twice after a kill count twice."""
+    curve: list[list[tuple[float, float]]] = []
+    seconds = 0.0
+    for segment, begins in zip(job.segments, _begins(job), strict=True):
         reached: dict[int, float] = {}
         for group in _timing(segment, files):
             seconds += group.seconds
             reached[group.step] = seconds
-        curve.append([(reached[step], loss) for step, loss in losses[segment.digest] if step in reached])
+        curve += [[]] * begins
+        curve[-1] = curve[-1] + [(reached[step], loss) for step, loss in losses[segment.digest] if step in reached]
     return curve
+
+
+def _begins(job: ArmJob) -> list[bool]:
+    """Of each segment, whether a new part of the training begins with it, and it does not just go on from the one before."""
+    configs = [segment.config for segment in job.segments]
+    return [True] + [
+        after.get("inherit") != "all" or after.get("growth") is not None or after["corpus"] != before["corpus"]
+        for before, after in itertools.pairwise(configs)
+    ]
 
 
 _LEVEL = 5  # step groups whose mean is the level that a loss was at
