@@ -126,12 +126,12 @@ def _post(setting: Setting) -> Groups:
         | _group(
             "post-direct",
             f"top-{ks['2k']} trained at equal FLOPs",
-            *(arm("direct", lr=lr, model=double, train=shorter) for lr in rates),
+            arm("direct", model=double, train=shorter),
         )
         | _group(
             "post-direct-tokens",
             f"top-{ks['2k']} trained at equal tokens",
-            *(arm("direct-tokens", lr=lr, model=double) for lr in rates),
+            arm("direct-tokens", model=double),
         )
         | _group("post-layer", "pool drawn a layer", arm("layer", lambda_hr=0.0, draw="layer"))
         | _group("post-step", "pool drawn a step", arm("step", lambda_hr=0.0, draw="step"))
