@@ -21,7 +21,7 @@ from typing import Any
 from papers.expert_upcycling import contest, twins
 from papers.expert_upcycling.arms import Family, Setting, Step, at_once, continued, line, pretraining
 from papers.expert_upcycling.recipes import RANDOM, UPCYCLING, UTILITY
-from papers.expert_upcycling.scales import SETTINGS, TEXT_ONCE
+from papers.expert_upcycling.scales import SETTINGS
 from records.errors import UsageError
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
@@ -82,7 +82,6 @@ def design(scale: str) -> Design:
         seeds=setting.seeds,
         arms=(*_main(setting), *_at_the_transition(setting), *_sweeps(setting), *contest.arms(setting)),
         figures=(*_figures(), *contest.figures()),
-        warnings=() if setting.train.epochs == 1 else (TEXT_ONCE,),
     )
 
 

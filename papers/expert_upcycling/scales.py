@@ -10,10 +10,7 @@ from papers.expert_upcycling.arms import Setting
 from repro.model import ModelConfig
 from repro.train import TrainConfig
 
-TEXT_ONCE = (
-    "the corpus is read more than once at this scale: the text of PT and CPT is disjoint within an epoch alone; give it a larger "
-    "corpus before any claim is judged on it"
-)
+BASE_TEXT = "data:pretraining"  # what `repro data prepare` made of web text, with a tokenizer of at most 50,304 entries
 
 
 def _model(**sizes: Any) -> ModelConfig:
@@ -47,18 +44,21 @@ SETTINGS = {
         pools=(32, 64, 128, 256), contest_steps=900,
     ),
     "base": Setting(
-        model=_model(d_model=256, d_expert=384, num_layers=4, num_heads=4, num_experts=512, top_k=8, context=8_192),
-        train=_train(steps=16_790, batch=16, context=8_192, lr=1.69e-2, warmup=500, epochs=0, precision="bfloat16"),
-        few=256, rewarm=200, corpus="stdlib", seeds=3, eval_tokens=524_288, probe=500, ks=(1, 2, 8), k_pool=256,
+        model=_model(
+            d_model=256, d_expert=384, num_layers=4, num_heads=4, num_experts=512, top_k=8, context=8_192,
+            vocab_size=50_304,
+        ),
+        train=_train(steps=16_790, batch=16, context=8_192, lr=1.69e-2, warmup=500, precision="bfloat16"),
+        few=256, rewarm=200, corpus=BASE_TEXT, seeds=3, eval_tokens=524_288, probe=500, ks=(1, 2, 8), k_pool=256,
         pools=(32, 64, 128, 256), contest_steps=16_790,
     ),
     "paper": Setting(
         model=_model(
             d_model=2_048, d_expert=1_152, num_layers=24, num_heads=16, num_experts=64, top_k=2, context=8_192,
-            vocab_size=256,
+            vocab_size=50_304,
         ),
-        train=_train(steps=90_600, batch=512, context=8_192, lr=4e-4, warmup=2_000, epochs=0, precision="bfloat16"),
-        few=32, rewarm=500, corpus="stdlib", seeds=3, eval_tokens=1_048_576, probe=2_000, ks=(1, 2, 8), k_pool=32,
+        train=_train(steps=90_600, batch=512, context=8_192, lr=4e-4, warmup=2_000, precision="bfloat16"),
+        few=32, rewarm=500, corpus=BASE_TEXT, seeds=3, eval_tokens=1_048_576, probe=2_000, ks=(1, 2, 8), k_pool=32,
         pools=(4, 8, 16, 32), contest_steps=90_600,
     ),
 }  # fmt: skip
