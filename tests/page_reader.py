@@ -71,8 +71,11 @@ def read(page: str) -> Reader:
     return reader
 
 
-def faults(page: str) -> list[str]:
-    """What a page gets wrong of the rules that hold for all of ours: safe, whole, and to be used without eyes or mouse."""
+def faults(page: str, *, links: frozenset[str] = frozenset()) -> list[str]:
+    """What a page gets wrong of the rules that hold for all of ours: safe, whole, and to be used without eyes or mouse.
+
+    `links` are the places beside it that it may lead to.
+    """
     reader = read(page)
     found = list(reader.faults)
     found += [f"<{e.name}> has no place here" for e in reader.elements if e.name not in ELEMENTS]
@@ -81,19 +84,22 @@ def faults(page: str) -> list[str]:
         for e in reader.elements
         for name, value in e.attributes.items()
         if name.startswith("on") or name in ("src", "srcset", "action", "formaction", "srcdoc", "ping", "background")
-        or (name in ("href", "xlink:href") and not value.startswith(("#", "https://arxiv.org/abs/"))
+        or (name in ("href", "xlink:href") and value not in links and not value.startswith(("#", "https://arxiv.org/abs/"))
             and not (e.name == "image" and value.startswith("data:image/png;base64,")))
         or (name == "style" and "url(" in value and "url(#" not in value)
     ]  # fmt: skip
     policy = [e.attributes["content"] for e in reader.named("meta") if e.attributes.get("http-equiv")]
     if len(policy) != 1 or not policy[0].startswith("default-src 'none'; style-src 'unsafe-inline';"):
         found.append(f"the content security policy is {policy}")
-    ids = [e.attributes["id"] for e in reader.elements if "id" in e.attributes]
-    found += [f"the id {name} occurs twice" for name in sorted({name for name in ids if ids.count(name) > 1})]
+    listed = [e.attributes["id"] for e in reader.elements if "id" in e.attributes]
+    ids = frozenset(listed)
+    found += [f"the id {name} occurs twice" for name in sorted(ids) if listed.count(name) > 1]
     for e in reader.elements:
         targets = [e.attributes.get("aria-labelledby"), e.attributes.get("href", "").removeprefix("#")]
         targets += [e.attributes.get("xlink:href", "").removeprefix("#")]
-        found += [f"{name} is not on the page" for name in targets if name and "://" not in name and name not in ids]
+        found += [
+            f"{name} is not on the page" for name in targets if name and "://" not in name and name not in ids | links
+        ]
     levels = [int(e.name[1]) for e in reader.named("h1", "h2", "h3", "h4")]
     if levels[:1] != [1] or levels.count(1) != 1 or any(b > a + 1 for a, b in itertools.pairwise(levels)):
         found.append(f"the headings' levels are {levels}")

@@ -1,4 +1,4 @@
-"""Commands of the replicator: papers, claims, plan, run, judge, report, bundle, env."""
+"""Commands of the replicator: papers, claims, plan, run, judge, bundle, env."""
 
 import argparse
 import json
@@ -47,13 +47,6 @@ def add_parser(commands: Subparsers) -> None:
     command.add_argument("dir", type=Path, metavar="DIR")
     command.add_argument("--json", action="store_true", help="the outcome, canonical JSON")
     command.set_defaults(func=_judge)
-
-    command = commands.add_parser("report", help="the HTML report of a run again; or the README's table")
-    command.add_argument("dir", type=Path, metavar="DIR", nargs="?")
-    command.add_argument(
-        "--readme", type=Path, metavar="README", help="rewrite the table of published replications in this file"
-    )
-    command.set_defaults(func=_report)
 
     command = commands.add_parser("bundle", help="the replication bundle of a run, signed with --key")
     command.add_argument("dir", type=Path, metavar="DIR")
@@ -296,19 +289,6 @@ def _print_outcome(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
                 p = f", p {test['p']}" if "p" in test else ""
                 numbers = f"  [{test['effect']}, 95% {low} to {high}{p}, n {test['n']}]"
             print(f"         {test['role']:8} {test['result']:12} {test['test']}{numbers}")
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from records.errors import UsageError
-    from repro.workflow.publish import rewrite_readme, write_report
-
-    if (arguments.dir is None) == (arguments.readme is None):
-        raise UsageError("report: expected either a run directory or --readme README")
-    if arguments.readme:
-        rewrite_readme(arguments.readme)
-    else:
-        print(write_report(arguments.dir))
-    return 0
 
 
 def _bundle(arguments: argparse.Namespace) -> int:

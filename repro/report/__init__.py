@@ -3,6 +3,8 @@
 - `page.py`: plan, outcome and evidence to HTML; `page.html` and `base.html` are its templates
 - `claims.py`: what the page shows of one claim
 - `figures.py`: the plan's figures as SVG; `svg.py` makes one fit for a page
+- `index.py`: several replications to one page
+- `latex.py`: one replication to a LaTeX table
 - `table.py`: published outcomes to the README's table
 """
 

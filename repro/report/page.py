@@ -27,7 +27,7 @@ from repro.report.claims import view
 from repro.report.figures import READING, Courses, draw
 from repro.report.svg import fit
 
-_ARXIV = re.compile(r"[0-9]{4}\.[0-9]{4,5}(v[0-9]{1,3})?|[a-z-]+(\.[A-Z]{2})?/[0-9]{7}(v[0-9]{1,3})?")
+ARXIV = re.compile(r"[0-9]{4}\.[0-9]{4,5}(v[0-9]{1,3})?|[a-z-]+(\.[A-Z]{2})?/[0-9]{7}(v[0-9]{1,3})?")
 
 
 def environment() -> Environment:
@@ -70,7 +70,7 @@ def render(
         outcome_sha256=canonical.digest(outcome),
         run=run,
         summary=summary(outcome),
-        arxiv_url=f"https://arxiv.org/abs/{arxiv}" if _ARXIV.fullmatch(arxiv) else None,
+        arxiv_url=f"https://arxiv.org/abs/{arxiv}" if ARXIV.fullmatch(arxiv) else None,
         claims=[
             view(number, claim, verdicts[claim.id], seeds=plan["seeds"], evidence=evidence, chosen=chosen)
             for number, claim in enumerate(claims, start=1)
@@ -267,6 +267,8 @@ def _commands(plan: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     options = ["--scale", scale, "--seeds", str(len(plan["seeds"])), *_claims_option(plan)]
     if plan["environment"]["device"] != "cpu":
         options += ["--device", "cuda"]
+    if any(segment.get("checkpoint") for arm in plan["arms"] for segment in arm["segments"]):
+        options += ["--checkpoint", "CHECKPOINT"]
     words = " ".join(shlex.quote(word) for word in (slug, *options))
     out = shlex.quote(f"runs/{slug}-{scale}")
     commit = run["code"]["commit"]

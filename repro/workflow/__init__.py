@@ -4,7 +4,7 @@
 - `run.py`, `worker.py`: the plan's segments and measures as one-thread processes, several at a time, resumable
 - `evidence.py`: what a run directory or a bundle proves, every chain recomputed (no torch)
 - `bundle.py`: the replication bundle, and its verification (no torch)
-- `publish.py`: report.html, and the README's table
+- `publish.py`: report.html, the index of several bundles, and the README's table; `crate.py`, `export.py`: the forms of others
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,17 @@
-"""What a run and the published replications show people: report.html, and the README's table."""
+"""What a run and published replications show people: report.html, an index of several, and the README's table."""
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
-from records import canonical
+from records import canonical, keys
 from records.errors import InvalidError, UsageError
-from records.keys import trusted_keys
-from records.package import read_bundle, write_atomically
+from records.package import STATEMENT, read_bundle, write_atomically
+from records.replication import read_statement, side_by_side
 from repro.report import require_report
 from repro.report.table import markdown, replace_table
-from repro.workflow.bundle import verify
+from repro.workflow.bundle import sound
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import parse_plan
 from repro.workflow.run import read_plan
@@ -53,10 +56,7 @@ def readme_table(root: Path) -> str:
     for path in sorted(root.glob("papers/*/replications/*.repro.zip")):
         files = read_bundle(path)
         name = PurePosixPath(path.relative_to(root).as_posix())
-        found = verify(files, target=str(name), trusted=trusted_keys())
-        if found.exit_code:
-            faults = "; ".join(check.detail for check in found.checks if check.status == "fail")
-            raise InvalidError(f"{name}: {found.state}: {faults}")
+        sound(files, target=str(name), trusted=keys.trusted_keys())
         plan = parse_plan(files["plan.json"], name=str(name))
         published.append((name, plan, canonical.loads(files["outcome.json"])))
     return markdown(published)
@@ -69,3 +69,58 @@ def rewrite_readme(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     write_atomically(path, replace_table(text, readme_table(path.resolve().parent)).encode())
+
+
+def write_index(paths: Sequence[Path], output: Path, *, trusted_keys: Path | None) -> int:
+    """Writes the page over the bundles that `paths` name to `output`; returns how many they are.
+
+    Args:
+        paths: bundles (zip or folder), and folders in which every `*.repro.zip` counts, however deep.
+        output: the page; it links to the bundles by their paths from there.
+        trusted_keys: file of public keys to trust.
+
+    Raises:
+        UsageError: a missing extra, or a path with no bundle.
+        InvalidError, MalformedError: a bundle does not hold; nothing is written.
+    """
+    require_report()
+    from repro.report.index import Replication, render_index
+
+    trusted = keys.trusted_keys(trusted_keys)
+    found: dict[str, Replication] = {}
+    opened: dict[str, list[Mapping[str, bytes]]] = {}
+    for path in _bundles(paths):
+        files = read_bundle(path)
+        holds = sound(files, target=str(path), trusted=trusted)
+        statement = read_statement(files).statement
+        subject, predicate = statement["subject"][0]["name"], statement["predicate"]
+        if predicate["manifest_sha256"] in found:
+            continue  # the same bundle by another path
+        opened.setdefault(subject, []).append(files)
+        found[predicate["manifest_sha256"]] = Replication(
+            subject=subject,
+            name=path.name,
+            href=quote(os.path.relpath(path.resolve(), output.resolve().parent).replace(os.sep, "/")),
+            plan=parse_plan(files["plan.json"], name=f"{path}: plan.json"),
+            outcome=canonical.loads(files["outcome.json"]),
+            predicate=predicate,
+            state=holds.state,
+            signer=holds.trust.key_id,
+        )
+    compared = [side_by_side(bundles, trusted=trusted) for bundles in opened.values()]
+    write_atomically(output, render_index(list(found.values()), compared).encode())
+    return len(found)
+
+
+def _bundles(paths: Sequence[Path]) -> list[Path]:
+    """The bundles that the paths name, each path's in the order of their names."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path}: expected a bundle or a folder that holds some, found nothing")
+        whole = path.is_file() or (path / STATEMENT).is_file()
+        inside = [path] if whole else sorted(path.rglob("*.repro.zip"))
+        if not inside:
+            raise UsageError(f"{path}: expected a bundle or a folder that holds some (*.repro.zip), found none")
+        found += inside
+    return found
