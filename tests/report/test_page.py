@@ -13,7 +13,8 @@ from page_reader import faults, read
 from records import canonical
 from records.errors import MalformedError
 from records.package import read_bundle
-from repro.experiment import Quantity, Test
+from repro.config import decode
+from repro.experiment import Claim, Claims, PaperInfo, Quantity, Test
 from repro.judge import ArmEvidence
 from repro.report.claims import _strip
 from repro.report.figures import Courses
@@ -103,8 +104,12 @@ def test_cost_counts_shared_segments_once_and_alone_each_time() -> None:
     assert f"{steps['alone']:,} tokens, {steps['alone'] / steps['trained']:.2f} times as many" in text
 
 
-def test_how_to_run_it_again(emoe: dict[str, Any]) -> None:
+def test_how_to_run_it_again(emoe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = emoe["plan"], emoe["run"]
+    paper = Claims(
+        paper=decode(PaperInfo, plan["paper"]), claim=tuple(decode(Claim, claim) for claim in plan["claims"])
+    )
+    monkeypatch.setattr("repro.report.page.load_claims", lambda slug: paper if slug == "emoe" else None)
     lines = _commands(plan, run)
     assert lines[0] == f"git checkout {run['code']['commit']}"
     assert ".venv/bin/repro run emoe --scale smoke --seeds 2 --out runs/emoe-smoke" in lines
