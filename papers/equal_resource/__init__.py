@@ -11,7 +11,8 @@ K·De, softmax top-K gates that are not renormalised, Step Law's batch, cosine t
 
 Arms: `dense`, `dense-2c` (twice the compute), `moe125` … `moe580` (r_a in thousandths, at one granularity), `strict`, `loose`
 (`moe200` on repeated text), `coarse275` … `coarse580` (8 experts, as three of the paper's points), `interleaved`, `all-moe`,
-and the same sweep at a quarter and half of C (`lean-`, `half-`) and at another N (`other-`). Controls: `frozen` (`moe200`
+the same sweep at a quarter and half of C (`lean-`, `half-`) and at another N (`other-`), and the first comparison
+at several times C (`rich-`). Controls: `frozen` (`moe200`
 with a random router that never learns), `starved` (`moe200` on a 64th of the dense model's text), `dense-again` (`dense` with
 other random draws). See README.md for deviations.
 """
@@ -106,15 +107,18 @@ def shapes(scale: str) -> dict[str, Plan]:
         sweep(prefix, main, share * main.compute)
     sweep("other-", setting.other, setting.other.compute)
     dense, best = found["dense"], found[_moe(BEST)]
-    spend("dense-2c", dense.shape, 2 * main.compute, "dense")
+    spend("dense-2c", dense.shape, 2 * main.compute, "dense-2c")
+    spend("rich-dense", dense.shape, setting.rich * main.compute, "dense")
+    spend(f"rich-{_moe(BEST)}", best.shape, setting.rich * main.compute, best.tuned)
+    found["rich-frozen"] = replace(found[f"rich-{_moe(BEST)}"], freeze=("router_ED",), tuned="frozen")
     found["dense-again"] = replace(dense, reseed=1_000)
-    found["frozen"] = replace(best, freeze=("router_ED",))
+    found["frozen"] = replace(best, freeze=("router_ED",), tuned="frozen")
     for name, tokens in (
         ("strict", dense.spent.tokens),
         ("loose", best.spent.tokens // 2),
         ("starved", max(dense.spent.tokens // 64, best.spent.batch * context)),
     ):
-        found[name] = replace(best, unique=tokens // context * context)
+        found[name] = replace(best, unique=tokens // context * context, tuned=name)
     step = max(1, main.d_expert // 8)
     for rate in RATES[2:]:
         shape = moe(rate, backbone, d_experts=range(step, 4 * backbone.d_dense, step), experts=COARSE_EXPERTS)

@@ -26,7 +26,7 @@ class Size:
 class Setting:
     """What a scale fixes. `learning_rates` by the beginning of `Plan.tuned`, the longest that fits; `head` is a head's width.
 
-    With `law` = True they are multiples of Step Law's learning rate for each arm.
+    With `law` = True they are multiples of Step Law's learning rate for each arm. `rich` times C is spent by the `rich-` arms.
     """
 
     main: Size
@@ -42,6 +42,7 @@ class Setting:
     vocab: int = 256
     law: bool = False
     rate_tolerance: float = 0.03
+    rich: float = 2.0
 
 
 def _size(parameters: int, compute: float, backbone: tuple[int, int, int], d_expert: int, **dense: Any) -> Size:
@@ -60,21 +61,23 @@ SETTINGS = {
         other=_size(47_500, 1.5e9, (12, 3, 32), 6, head=4, zeta=16.0),
         train=replace(_TRAIN, context=32, trace_every=5, hash_every=10, checkpoint_every=10),
         least_warmup=4, warmup_share=0.01, corpus="synthetic", seeds=2, head=4, eval_tokens=2_048,
-        learning_rates={"": (0.01,)},
+        learning_rates={"": (0.01,)}, rich=4.0,
     ),
     "nano": Setting(
-        main=_size(76_500, 2.54e11, (16, 3, 44), 8, head=8, zeta=16.0),
-        other=_size(183_000, 1.39e12, (24, 3, 66), 12, head=8, zeta=16.0),
+        main=_size(76_500, 1.8e11, (16, 3, 44), 8, head=8, zeta=16.0),
+        other=_size(183_000, 9.8e11, (24, 3, 66), 12, head=8, zeta=16.0),
         train=_TRAIN,
-        least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072,
-        learning_rates={"dense": (0.008,), "moe": (0.024,)},
+        least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072, rich=4.0,
+        learning_rates={
+            "": (0.016, 0.032), "dense": (0.004, 0.008, 0.016), "dense-2c": (0.004, 0.008), "starved": (0.016,),
+        },
     ),
     "small": Setting(
         main=_size(8_750_000, 2.5e15, (128, 8, 352), 16, head=32, zeta=32.0),
         other=_size(5_100_000, 8.5e14, (96, 8, 264), 24, head=32, zeta=32.0),
         train=replace(_TRAIN, context=512, precision="bfloat16"),
         least_warmup=100, warmup_share=0.01, corpus="installed", seeds=3, head=32, eval_tokens=1_048_576,
-        learning_rates={"": (0.5, 1.0, 2.0)}, law=True,
+        learning_rates={"": (0.5, 1.0, 2.0)}, law=True, rich=1.5,
     ),
     "base": Setting(
         main=_2B, other=_size(3_250_000_000, 1.4e21, (1664, 18, 4608), 256),

@@ -140,7 +140,7 @@ def test_all_arms_of_a_scale_are_of_equal_resource(scale):
     setting = SETTINGS[scale]
     for name, plan in equal.shapes(scale).items():
         size = setting.other if name.startswith("other-") else setting.main
-        share = {"half": 0.5, "lean": 0.25}.get(name[:4], 2.0 if name == "dense-2c" else 1.0)
+        share = {"half": 0.5, "lean": 0.25, "rich": setting.rich}.get(name[:4], 2.0 if name == "dense-2c" else 1.0)
         assert plan.shape.parameters == pytest.approx(size.parameters, rel=0.01), name
         assert plan.spent.tokens * plan.shape.flops == pytest.approx(share * size.compute, rel=0.01), name
     for arm in equal.design(scale).arms:
