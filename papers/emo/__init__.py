@@ -15,7 +15,7 @@ Arms, at `nano` with 4 → 8 → 16 experts
 - `emo-clock`, `full-clock`: the paper's own 8 → 128 experts, for their time alone
 Controls, each broken so that it has to miss one claim's criterion
 - `frozen`: `emo`, with the router frozen once grown (E1)
-- `idle50`, `idle75`: grown with no disturbance by experts that are never routed to: nothing depends on when (E1, E3, E4, E6)
+- `idle50`, `idle75`: grown by experts that are never routed to, and disturbed in nothing: what did not grow (E1, E3, E4, E6)
 - `twins`: `copy` with nothing to tell a copy from its source, so that top-k picks both for the same tokens (E5)
 - `restart`: at 50%, all that was learnt is thrown away (E6)
 - `burst-clock`: nearly all tokens at 128 experts: there is nothing to save (E2)
@@ -65,17 +65,18 @@ class FirstExperts:
 
 
 class Unused(Mechanism):
-    """Routes to the first experts alone, and balances these as if there were no others."""
+    """Routes to the first experts alone, and balances these, by loss and by biases, as if there were no others."""
 
-    def __init__(self, rule: FirstExperts, balance: float) -> None:
-        self._rule, self._balance = rule, balance
+    def __init__(self, rule: FirstExperts, *, balance: float, bias_rate: float) -> None:
+        self._rule, self._balance, self._bias_rate = rule, balance, bias_rate
+        self._used: list[RouterOutput] = []
 
     def rule(self, step: int, seed: int) -> RoutingRule:
         return self._rule
 
     def loss(self, output: ModelOutput) -> Tensor:
         count = self._rule.count
-        used = [
+        self._used = [
             RouterOutput(
                 router.logits_TE[:, :count],
                 router.scores_TE[:, :count],
@@ -83,7 +84,14 @@ class Unused(Mechanism):
             )
             for router in output.routers
         ]
-        return self._balance * torch.stack([balance_loss(router) for router in used]).mean()
+        return self._balance * torch.stack([balance_loss(router) for router in self._used]).mean()
+
+    def gradients(self, model: Transformer) -> None:
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        for layer, router in zip(layers, self._used, strict=True):
+            assert layer.bias_E is not None
+            load_E = router.routing.load_E.to(layer.bias_E.dtype)
+            layer.bias_E[: len(load_E)] += self._bias_rate * torch.sign(load_E.mean() - load_E)
 
 
 class Watched(Mechanism):
@@ -104,9 +112,10 @@ class Watched(Mechanism):
 
 
 def mechanism(config: Mapping[str, Any]) -> Mechanism:
-    """From {"first": count, "k": k, "balance": weight} for arms whose later experts are never used, {"watch": …} for copies."""
+    """From {"first", "k", "balance", "bias_rate"} for arms whose later experts are never used, {"watch"} for copies."""
     if "first" in config:
-        return Unused(FirstExperts(k=config["k"], count=config["first"]), balance=float(config["balance"]))
+        rule = FirstExperts(k=config["k"], count=config["first"])
+        return Unused(rule, balance=float(config["balance"]), bias_rate=float(config["bias_rate"]))
     return Watched() if "watch" in config else Mechanism()
 
 
@@ -128,7 +137,8 @@ def design(scale: str) -> Design:
         "h2": law.shares_by_total(stages, active),
     }
     few = setting.jump[0]
-    unused = {"first": few, "k": setting.model.top_k, "balance": setting.train.balance}
+    balanced = {"balance": setting.train.balance, "bias_rate": setting.train.bias_rate}
+    unused = {"first": few, "k": setting.model.top_k} | balanced
     idle: dict[str, Any] = {"mechanism": unused, "inherit": "all", "rewarm": 0, "balance": 0.0, "bias_rate": 0.0}
     watched = {"watch": "twins"}
     clock_stages = setting.clock_stages or stages
