@@ -6,6 +6,7 @@
 - `KeyValueCache`: generation token by token; training knows nothing of it
 - untied or tied embeddings, no biases, no dropout
 - `init_weights` draws each parameter, and each expert, from a stream of its own
+- `Weight`: how one kind of weight departs from the defaults of initialisation and optimizer
 - `accounting` counts parameters and FLOPs from the config alone
 """
 
@@ -27,6 +28,22 @@ QkNorm = Literal["none", "head", "width"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """How the weights called `name` (the last part, `router_ED`) depart from the defaults; see `repro.parameterization`.
+
+    Factors on the initial std of `init_std` and on the optimizer's learning rate, ε and weight decay. `tied`: every
+    expert starts as a copy of expert 0.
+    """
+
+    name: str
+    std: float = 1.0
+    lr: float = 1.0
+    eps: float = 1.0
+    decay: float = 1.0
+    tied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The shape of a model. Raises `UsageError` (`RoutingError` for the MoE's sizes) if no such model can be.
 
@@ -35,6 +52,10 @@ class ModelConfig:
     `context` is the longest sequence. d_head is the width of an attention head (0: d_model / num_heads); `num_kv_heads`
     heads of keys and values serve the queries' heads in groups (0: one each). `qk_norm` normalizes queries and keys before
     they are turned: each head by itself (Qwen3) or all heads as one vector (OLMoE).
+
+    `kind` mlp is a classifier of fixed-length records instead, with one MoE layer and no attention (`repro.mlp`).
+    `gate_scale` multiplies every expert's weight, `residual_scale` what each block adds to the stream. `weights` holds the
+    departures from the defaults, by name.
     """
 
     vocab_size: int = 256
@@ -59,11 +80,23 @@ class ModelConfig:
     qk_norm: QkNorm = "none"
     norm_eps: float = 1e-5
     dense_blocks: tuple[int, ...] = ()
+    kind: Literal["transformer", "mlp"] = "transformer"
+    gate_scale: float = 1.0
+    residual_scale: float = 1.0
+    weights: tuple[Weight, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "context", "d_expert"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model config: expected {name} of at least 1, found {getattr(self, name)}")
+        if self.kind == "mlp" and (self.num_layers, self.num_heads, self.dense_layers) != (1, 1, 0):
+            raise UsageError("model config: expected num_layers=1, num_heads=1 and dense_layers=0 with kind mlp")
+        if self.kind == "mlp" and (not self.num_experts or self.context < 2 or self.d_shared or self.tie_embeddings):
+            raise UsageError(
+                "model config: expected experts, none of them shared, a context above 1 and untied embeddings with kind mlp"
+            )
+        if len({weight.name for weight in self.weights}) < len(self.weights):
+            raise UsageError("model config: expected each name once in weights")
         if self.d_head < 0 or self.d_head % 2:
             raise UsageError(
                 f"model config: expected d_head to be even (rotary positions turn pairs), found {self.d_head}"
@@ -105,6 +138,11 @@ class ModelConfig:
                 f"model config: expected top_k=0 and d_shared=0 in a dense model (num_experts=0), found "
                 f"top_k={self.top_k}, d_shared={self.d_shared}"
             )
+
+    def weight(self, name: str) -> Weight:
+        """Departure of the parameter called `name`, in full or its last part alone."""
+        leaf = name.rpartition(".")[2]
+        return next((weight for weight in self.weights if weight.name == leaf), Weight(name=leaf))
 
     @property
     def moe_layers(self) -> int:
@@ -264,6 +302,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.residual_scale = config.residual_scale
         self.ffn: MoE | SwiGLU
         if config.is_dense(layer):
             self.ffn = SwiGLU(config.d_model, _dense_width(config, layer))
@@ -275,6 +314,7 @@ class Block(nn.Module):
                 top_k=config.top_k,
                 score=config.score,
                 renormalize=config.renormalize,
+                gate_scale=config.gate_scale,
                 selection_bias=config.selection_bias,
                 d_shared=config.d_shared,
                 backend=config.backend,
@@ -284,11 +324,14 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, turn_SC: Tensor, rule: RoutingRule | None, place: _Place | None = None
     ) -> tuple[Tensor, RouterOutput | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn_SC, place)
+        x_BSD = x_BSD + self._scaled(self.attention(self.attention_norm(x_BSD), turn_SC, place))
         if isinstance(self.ffn, SwiGLU):
-            return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+            return x_BSD + self._scaled(self.ffn(self.ffn_norm(x_BSD))), None
         y_BSD, router = self.ffn.forward_with_router(self.ffn_norm(x_BSD), rule)
-        return x_BSD + y_BSD, router
+        return x_BSD + self._scaled(y_BSD), router
+
+    def _scaled(self, y_BSD: Tensor) -> Tensor:
+        return y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale
 
 
 class Transformer(nn.Module):
@@ -350,15 +393,16 @@ class Transformer(nn.Module):
         Expert tensors and router rows are drawn expert by expert from (seed, name, expert): models that differ in the
         number of experts share all other weights and their first experts bit for bit, which pairs their runs by seed.
         Values are drawn in float32 on the CPU and then moved, so they do not depend on the device. For the stds see
-        `init_std`.
+        `init_std`; the config's `weights` may scale them and tie the experts.
         """
         for name, parameter in self.named_parameters():
             std = init_std(name, self.config)
             if std is None:
                 parameter.fill_(1)
             elif name.endswith(("_EDF", "_EFD", ".router_ED")):
+                tied = self.config.weight(name).tied
                 for expert, weight in enumerate(parameter):
-                    weight.copy_(_draw(weight.shape, std, f"{seed}/{name}/{expert}"))
+                    weight.copy_(_draw(weight.shape, std, f"{seed}/{name}/{0 if tied else expert}"))
             else:
                 parameter.copy_(_draw(parameter.shape, std, f"{seed}/{name}"))
         for name, buffer in self.named_buffers():
@@ -384,14 +428,22 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     rule). The fan-in of an expert's down projection is its own width: k experts with weights summing to 1 add no more
     than one would. The logits of router and readout start at RMS 1 likewise. The embedding's scale does not matter to
     the blocks, which normalize it; GPT-2's 0.02 lets the first steps move it by its own size (at width 64, after 300
-    steps, 0.04 nats better than width^-1/2 on either of two seeds, and equal after 1200). A tied readout shares it.
+    steps, 0.04 nats better than width^-1/2 on either of two seeds, and equal after 1200). A tied readout shares it. The
+    config's `weights` may hold a factor on each of these. A model of kind mlp has no residual stream to divide for.
     """
+    std = _default_std(name, config)
+    return None if std is None else std * config.weight(name).std
+
+
+def _default_std(name: str, config: ModelConfig) -> float | None:
     leaf = name.rsplit(".", 1)[-1]
-    residual = (2 * config.num_layers) ** -0.5
+    residual = 1.0 if config.kind == "mlp" else (2 * config.num_layers) ** -0.5
     if leaf == "gain_D":
         return None
     if leaf == "embedding_VD":
         return EMBEDDING_STD
+    if leaf == "w_in_ID":
+        return float((config.context - 1) ** -0.5)
     if leaf in ("w_qkv_DD", "w_up_DF", "w_up_EDF", "router_ED", "unembedding_VD"):
         return float(config.d_model**-0.5)
     if leaf == "w_out_DD":
@@ -453,6 +505,8 @@ def accounting(config: ModelConfig) -> Accounting:
     Norms, rotary positions and activations are left out.
     """
     D, L = config.d_model, config.num_layers
+    if config.kind == "mlp":
+        return _accounting_mlp(config)
     q_width, kv_width = config.num_heads * config.head_width, config.kv_heads * config.head_width
     norms = (2 * L + 1) * D
     norms += L * {"none": 0, "head": 2 * config.head_width, "width": q_width + kv_width}[config.qk_norm]
@@ -472,6 +526,23 @@ def accounting(config: ModelConfig) -> Accounting:
         active=matrices_active + norms + vocab,
         total_non_vocab=total_non_vocab,
         active_non_vocab=matrices_active + norms,
+        flops_forward=forward,
+        flops_training=3 * forward,
+    )
+
+
+def _accounting_mlp(config: ModelConfig) -> Accounting:
+    """That of a model of kind mlp: a record's FLOPs are spread over its tokens, rounded up."""
+    D = config.d_model
+    always = (config.context - 1) * D + config.num_experts * D
+    expert, vocab = 2 * D * config.d_expert, config.vocab_size * D
+    active = always + config.top_k * expert
+    forward = -(-2 * (active + vocab) // config.context)
+    return Accounting(
+        total=always + config.num_experts * expert + vocab,
+        active=active + vocab,
+        total_non_vocab=always + config.num_experts * expert,
+        active_non_vocab=active,
         flops_forward=forward,
         flops_training=3 * forward,
     )

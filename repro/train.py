@@ -30,7 +30,8 @@ from torch import Tensor
 from records.errors import InvalidError, UsageError
 from repro.config import decimal_string
 from repro.data.batches import Batches, prefetch
-from repro.model import ModelConfig, ModelOutput, Transformer
+from repro.mlp import make_model
+from repro.model import ModelConfig, ModelOutput, Transformer, Weight
 from repro.moe import MoE, NonFiniteError, RoutingRule, balance_loss
 from repro.moe.growth import Growth, grow, grow_state, utility
 from repro.pretrained import expect
@@ -57,6 +58,7 @@ class TrainConfig:
     that a later segment sees new text.
     `unique` > 0 trains on that many tokens of the corpus alone, which every seed draws by itself, as often as it takes, in
     a new order each time; `epochs` > 0 is how often any text may be seen: a plan that would need more is refused.
+    `optimizer` sgd has no momentum and no use for betas and eps; its weight decay is added to the gradient.
     With `bfloat16` the matrix products are in that precision and accumulate in float32; weights stay float32.
     `probe_every` steps, at the segment's first step and at its last the trace gets a probe: the load that the step's own
     routing gave each expert, and what the mechanism measures (0: none).
@@ -80,6 +82,7 @@ class TrainConfig:
     unique: int = 0
     epochs: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     trace_every: int = 10
     hash_every: int = 200
     checkpoint_every: int = 200
@@ -198,13 +201,25 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, as is the custom: gains and biases are left alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (or SGD) with decay on matrices only, as is the custom: gains and biases are left alone.
+
+    Where the model's config gives factors for its weights, the groups hold them; `lr_scale` is that of the learning rate.
+    """
+    found: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weight = model.config.weight(name) if isinstance(model, Transformer) else Weight(name=name)
+            decay = config.weight_decay * weight.decay if parameter.ndim >= 2 else 0.0
+            found.setdefault((weight.lr, config.eps * weight.eps, decay), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": config.lr * lr, "lr_scale": lr, "eps": eps, "weight_decay": decay}
+        for (lr, eps, decay), parameters in found.items()
     ]
+    if config.optimizer == "sgd":
+        for group in groups:
+            del group["eps"]
+        return torch.optim.SGD(groups, lr=config.lr)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
@@ -235,7 +250,7 @@ def train_segment(
         UsageError: the folder cannot be written, or the batch or the mechanism cannot be spread over the cluster.
     """
     config = segment.train
-    model = Transformer(segment.model, None if segment.checkpoint else seed).to(device)
+    model = make_model(segment.model, None if segment.checkpoint else seed).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] not in segment.freeze)
     optimizer = make_optimizer(model, config)
@@ -285,7 +300,7 @@ def train_segment(
 
 def training_step(
     model: Transformer,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     tokens_BS: Tensor,
     targets_BS: Tensor,
@@ -307,7 +322,7 @@ def training_step(
     with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         output = (run or model)(tokens_BS, rule=mechanism.rule(step, seed))
     loss = cross_entropy = torch.nn.functional.cross_entropy(
-        output.logits_BSV.float().flatten(0, 1), targets_BS.flatten()
+        output.logits_BSV.float().flatten(0, 1), targets_BS[:, -output.logits_BSV.shape[1] :].flatten()
     )
     if config.balance and output.routers:
         loss = loss + config.balance * torch.stack([balance_loss(router, group) for router in output.routers]).mean()
@@ -342,18 +357,18 @@ def _balance_biases(model: Transformer, output: ModelOutput, rate: float, cluste
 
 
 def _inherit(
-    segment: Segment, model: Transformer, optimizer: torch.optim.AdamW, parent: Parent, batches: Batches, seed: int
+    segment: Segment, model: Transformer, optimizer: torch.optim.Optimizer, parent: Parent, batches: Batches, seed: int
 ) -> None:
     """Puts the parent's weights, and optimizer state if asked for, into `model`, growing its expert pool on the way."""
     if segment.growth is None:
         _load_finished(parent.folder, model, optimizer if segment.inherit == "all" else None, genesis=parent.genesis)
         return
-    old = Transformer(parent.model).to(next(model.parameters()).device)
+    old = make_model(parent.model).to(next(model.parameters()).device)
     tensors, _ = _load_finished(parent.folder, old, None, genesis=parent.genesis)
     scores = _utilities(old, segment, batches) if segment.growth.allocation == "utility" else None
     generator = torch.Generator().manual_seed(derive(seed, "growth"))
     model.lineages = lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
-    if segment.inherit == "all":
+    if segment.inherit == "all" and segment.train.optimizer == "adamw":
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -373,7 +388,7 @@ def _utilities(old: Transformer, segment: Segment, batches: Batches) -> dict[str
     gradients: dict[str, list[dict[str, Tensor]]] = {name: [] for name in layers}
     for step in range(_UTILITY_BATCHES):
         tokens_BS, targets_BS = batches.at(segment.train.first_step + step)
-        logits_BSV = old(tokens_BS.to(old.embedding_VD.device)).logits_BSV
+        logits_BSV = old(tokens_BS.to(next(old.parameters()).device)).logits_BSV
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.to(logits_BSV.device).flatten())
         old.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -387,7 +402,7 @@ def _steps(
     segment: Segment,
     model: Transformer,
     run: torch.nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     batches: Batches,
     mechanism: Mechanism,
     seed: int,
@@ -416,7 +431,7 @@ def _steps(
     ):
         step = place - config.first_step
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = group["lr_scale"] * learning_rate(config, step)
         probes: list[dict[str, Any]] = []
         look = partial(_probe, model, mechanism, step, probes, cluster) if probe_due(config, step) else None
         if cluster:
@@ -498,7 +513,7 @@ def _probe(
     )
 
 
-def _optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"optimizer.{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -541,7 +556,7 @@ def _whole(tensors: Mapping[str, Tensor], cluster: "Cluster | None") -> Mapping[
 def _save(
     path: Path,
     model: Transformer,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     cluster: "Cluster | None",
     *,
     step: int,
@@ -567,7 +582,7 @@ def _save(
 
 
 def _load(
-    path: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer | None, *, genesis: str
 ) -> tuple[int, int, dict[str, Tensor]]:
     """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on, all its tensors)."""
     try:
@@ -609,13 +624,13 @@ def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "c
     Raises:
         InvalidError: the folder's trace or weights are not those of this segment.
     """
-    model = Transformer(segment.model)
+    model = make_model(segment.model)
     _, head = _load_finished(folder, model, None, genesis=genesis)
     return model.to(device), head
 
 
 def _load_finished(
-    folder: Path, model: Transformer, optimizer: torch.optim.AdamW | None, *, genesis: str
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer | None, *, genesis: str
 ) -> tuple[dict[str, Tensor], str]:
     """Puts a finished segment's weights into `model`, and its optimizer state into `optimizer` if given.
 

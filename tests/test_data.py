@@ -16,12 +16,33 @@ from repro.data.batches import Batches, check_supply, evaluation_windows
 # A change here changes every recorded run on this corpus: it must be meant, and be in the changelog.
 SYNTHETIC_DIGEST = "0e7bd503bb183652375b0e9c95f843ca7c5fce46a896033f51a3b37a65547f65"
 
+CLASSIFICATION_DIGEST = "e25b1a554521f7e2a9ede097d55d97f40c4cdca09581722d2f32a4dbca78336b"
+
 
 def test_synthetic_is_the_same_everywhere():
     text = corpus.load("synthetic")
     assert text.digest == SYNTHETIC_DIGEST
     assert corpus.load("synthetic:0").digest == text.digest
     assert corpus.load("synthetic:1").digest != text.digest
+
+
+def test_records_are_the_same_everywhere_and_classes_can_be_told():
+    text = corpus.load("classification")
+    assert text.digest == CLASSIFICATION_DIGEST
+    assert corpus.load("classification:1").digest != text.digest
+    size = corpus.RECORD_INPUTS + 1
+    tokens_WS, targets_WS = evaluation_windows(text.held_out, tokens=200 * size, context=size)
+    assert np.array_equal(tokens_WS[:, 1:], targets_WS[:, :-1])
+    classes = targets_WS[:, -1].numpy()
+    assert set(classes.tolist()) == set(range(corpus.RECORD_CLASSES))
+    records = text.train[1:].reshape(-1, size)
+    inputs = tokens_WS[:, 1:].numpy()
+    # the record of the training part that shares most bytes has the same prototype, and so the same class
+    nearest = [(records[:20_000, :-1] == row).sum(1).argmax() for row in inputs]
+    assert np.mean(records[nearest, -1] == classes) > 0.9
+    assert abs(records[:, :-1].mean() - 127.5) < 3
+    with pytest.raises(UsageError, match="expected classification:SEED"):
+        corpus.load("classification:x")
 
 
 def test_the_entropy_of_synthetic_is_its_empirical_conditional_entropy():
@@ -95,7 +116,7 @@ def test_a_changed_byte_changes_the_digest(tmp_path):
     ("name", "message"),
     [
         ("file:/nonexistent/x", "cannot read /nonexistent/x"),
-        ("wikipedia", "expected stdlib, stdlib:prose, installed, file:PATH, data:NAME or synthetic"),
+        ("wikipedia", "expected stdlib, stdlib:prose, installed, file:PATH, data:NAME, synthetic"),
         ("synthetic:x", "a whole number"),
         ("file:", "unknown corpus"),
     ],

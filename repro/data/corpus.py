@@ -8,6 +8,8 @@
 - `data:NAME`: what `repro data prepare` tokenized, memory-mapped; `data:NAME@TOKENS` its first whole documents that hold
   as many training tokens
 - `synthetic` or `synthetic:SEED`: a seeded Markov source over bytes, the same everywhere, with a known entropy
+- `classification` or `classification:SEED`: records of `RECORD_INPUTS` input bytes and one of `RECORD_CLASSES` classes, the same
+  everywhere, for a model that predicts the last byte of a record from the others
 
 Tokens are bytes, but for those of `data:`, which may bring a tokenizer. A document that occurs twice is taken once, so no
 held-out document has a copy in the training part.
@@ -31,6 +33,9 @@ HELD_OUT_EVERY = 20
 _BOUNDARY = b"\0"  # between documents; text does not contain it
 _SYNTHETIC_DOCUMENTS, _SYNTHETIC_LENGTH = 80, 16_384
 _SYNTHETIC_STATES, _SYNTHETIC_BRANCHES = 64, 8
+RECORD_INPUTS, RECORD_CLASSES = 64, 10
+_RECORDS, _RECORDS_HELD_OUT = 65_536, 4_096
+_PROTOTYPES, _KEPT = 4, 96  # of a class; of 256: how often an input is the prototype's
 
 Bytes = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Ends = npt.NDArray[np.uint64]
@@ -106,8 +111,13 @@ def load(name: str) -> Corpus:
             raise UsageError(f"corpus {name}: expected synthetic:SEED with a whole number, found {rest!r}")
         # every state has eight equally likely followers, so the entropy rate is log 8 whatever the seed
         return _by_document(name, _synthetic(int(rest or 0)), entropy=math.log(_SYNTHETIC_BRANCHES))
+    if kind == "classification":
+        if rest and not rest.isdecimal():
+            raise UsageError(f"corpus {name}: expected classification:SEED with a whole number, found {rest!r}")
+        return _classification(name, int(rest or 0))
     raise UsageError(
-        f"unknown corpus {name!r}: expected stdlib, stdlib:prose, installed, file:PATH, data:NAME or synthetic[:SEED]"
+        f"unknown corpus {name!r}: expected stdlib, stdlib:prose, installed, file:PATH, data:NAME, synthetic[:SEED] or "
+        "classification[:SEED]"
     )
 
 
@@ -243,3 +253,30 @@ def _synthetic(seed: int) -> Iterable[bytes]:
             states.append(state)
             state = rows[state][draw % _SYNTHETIC_BRANCHES]
         yield bytes(states).translate(to_text)
+
+
+def _classification(name: str, seed: int) -> Corpus:
+    """Records whose class has several prototypes: each input byte is the prototype's, or, more often, any other.
+
+    A byte comes before the first record, so that a
+    window of RECORD_INPUTS + 1 tokens is the class of the record before, which a model is not to look at, and a record's
+    inputs; its last next token is the record's class.
+    """
+    count = _RECORDS + _RECORDS_HELD_OUT
+    prototypes = np.frombuffer(
+        _random_bytes(RECORD_CLASSES * _PROTOTYPES * RECORD_INPUTS, seed, "prototypes"), dtype=np.uint8
+    ).reshape(-1, RECORD_INPUTS)
+    raw = np.random.Philox(key=seed).random_raw(
+        count * (2 * RECORD_INPUTS + 8) // 8
+    )  # a stream fixed by numpy's policy
+    draws = np.frombuffer(raw.astype("<u8").tobytes(), dtype=np.uint8).reshape(count, 2 * RECORD_INPUTS + 8)
+    noise, kept, which = draws[:, :RECORD_INPUTS], draws[:, RECORD_INPUTS : 2 * RECORD_INPUTS], draws[:, -2:]
+    chosen = which.astype(np.int64) @ np.array([256, 1]) % len(prototypes)
+    inputs = np.where(kept < _KEPT, prototypes[chosen], noise)
+    classes = (chosen % RECORD_CLASSES).astype(np.uint8)
+    records = np.concatenate([inputs, classes[:, None]], axis=1)
+    parts = [
+        np.concatenate([np.zeros(1, np.uint8), part.reshape(-1)]) for part in (records[:_RECORDS], records[_RECORDS:])
+    ]
+    digests = [[hashlib.sha256(part.tobytes()).hexdigest()] for part in parts]
+    return Corpus(name=name, digest=_digest(*digests), train=parts[0], held_out=parts[1], documents=count)

@@ -42,6 +42,7 @@ class MoE(nn.Module):
     num_experts, top_k  experts held, and used by a token
     score               softmax over the experts, or a sigmoid each
     renormalize         make a token's weights sum to 1
+    gate_scale          multiplies every weight, after that
     selection_bias      hold `bias_E`, a buffer that sways selection and never the weights (loss-free balancing sets it)
     d_shared            width of an expert that every token uses, unweighted; 0 for none
     backend             one of `repro.moe.BACKENDS`
@@ -62,6 +63,7 @@ class MoE(nn.Module):
         top_k: int,
         score: Score = "softmax",
         renormalize: bool = True,
+        gate_scale: float = 1.0,
         selection_bias: bool = False,
         d_shared: int = 0,
         backend: str = "auto",
@@ -72,6 +74,7 @@ class MoE(nn.Module):
         check_backend(backend)
         self.name = "moe"
         self.score = score
+        self.gate_scale = gate_scale
         self.backend = backend
         self.checks_logits = True
         self.rule: RoutingRule = TopK(top_k, renormalize)
@@ -119,6 +122,8 @@ class MoE(nn.Module):
                 self._check_finite(logits_TE)
             scores_TE = logits_TE.softmax(1) if self.score == "softmax" else logits_TE.sigmoid()
             expert_TK, weight_TK = rule(scores_TE, self.bias_E)
+            if self.gate_scale != 1:
+                weight_TK = weight_TK * self.gate_scale
         all_filled = True if isinstance(rule, TopK) and isinstance(rule.k, int) else None
         routing = Routing.from_slots(
             expert_TK,

@@ -46,7 +46,12 @@ LOSS_TOLERANCE = 0.08
 
 
 class PaperModule(Protocol):
-    """What a paper's package offers beside its claims.toml."""
+    """What a paper's package offers beside its claims.toml.
+
+    A paper that compares the model before, between and after an arm's segments offers `measure_course(models, config,
+    held_out)` beside `measure`: `models` are the one that the first segment starts from, as drawn, and the trained ones of
+    every segment in order. It gives its metrics after those of `measure`.
+    """
 
     def design(self, scale: str) -> Design:
         """Arms, groups and figures at `scale`.

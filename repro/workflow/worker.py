@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import math
 import os
 import signal
@@ -17,7 +18,8 @@ from repro.config import decimal_string, decode
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
-from repro.model import ModelConfig
+from repro.mlp import make_model
+from repro.model import ModelConfig, Transformer
 from repro.trace import TraceWriter, check_chain, genesis
 from repro.train import Parent, Segment, load_final, train_segment
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_digest
@@ -173,11 +175,16 @@ def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
     path = folder / job.file
     temporary = path.with_suffix(".tmp")
     held_out = _corpus(plan, segment.corpus).held_out
+    module = paper_module(plan["paper"]["slug"])
+    metrics = module.measure(model, job.measure, held_out)
+    if hasattr(module, "measure_course"):
+        course = _course(plan, folder, job)
+        metrics = itertools.chain(metrics, module.measure_course(course, job.measure, held_out))
     with (
         _alone(path.with_name(f".{path.stem}.lock")),
         TraceWriter(temporary, genesis(head, job.digest)) as trace,
     ):
-        for name, value in paper_module(plan["paper"]["slug"]).measure(model, job.measure, held_out):
+        for name, value in metrics:
             if not math.isfinite(value):
                 trace.append({"type": "diverged", "name": name})
                 break
@@ -186,6 +193,16 @@ def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
             trace.append({"type": "end", "metrics": trace.count})
         trace.sync()
         temporary.replace(path)
+
+
+def _course(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> list[Transformer]:
+    """The model as drawn, and as each of the arm's segments left it."""
+    start = decode(Segment, job.segments[0].config)
+    models = [make_model(start.model, job.seed + start.reseed).to(_torch_device(plan))]
+    for work in job.segments:
+        segment, begin = decode(Segment, work.config), genesis(plan_digest(plan), work.digest)
+        models.append(load_final(segment, folder / work.folder, genesis=begin, device=_torch_device(plan))[0])
+    return models
 
 
 def _torch_device(plan: Mapping[str, Any]) -> str:
