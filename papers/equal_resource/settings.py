@@ -64,8 +64,8 @@ SETTINGS = {
         learning_rates={"": (0.01,)}, rich=4.0,
     ),
     "nano": Setting(
-        main=_size(76_500, 1.5e11, (16, 3, 44), 8, head=8, zeta=16.0),
-        other=_size(183_000, 8.2e11, (24, 3, 66), 12, head=8, zeta=16.0),
+        main=_size(76_500, 3.6e11, (16, 3, 44), 8, head=8, zeta=16.0),
+        other=_size(183_000, 2.0e12, (24, 3, 66), 12, head=8, zeta=16.0),
         train=_TRAIN,
         least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072, rich=4.0,
         learning_rates={
