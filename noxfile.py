@@ -29,7 +29,7 @@ def _install(session: nox.Session) -> None:
     if not stamp.exists() or stamp.read_text() != wanted:
         session.run(sys.executable, "-m", "venv", "--clear", str(SHARED))
         _run(session, "python", "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt",
-             "--editable", ".[train,eval,report,dev]")  # fmt: skip
+             "--editable", ".[train,eval,report,timestamps,dev]")  # fmt: skip
         stamp.write_text(wanted)
 
 

@@ -1,4 +1,4 @@
-"""Commands of the auditor: audit (parts of a bundle executed again, or audits merged), prove."""
+"""Commands of the auditor: audit (parts of a bundle executed again, or audits merged), prove, timestamp."""
 
 import argparse
 import json
@@ -52,6 +52,13 @@ def add_parser(commands: Subparsers) -> None:
     command.add_argument("--trusted-keys", type=Path, metavar="FILE", help="auditors' public keys, for --merge")
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(func=_audit)
+
+    command = commands.add_parser("timestamp", help="put an OpenTimestamps proof beside a plan or a bundle")
+    command.add_argument("file", type=Path, metavar="FILE", help="what was stamped: a signed plan, a bundle")
+    command.add_argument(
+        "proof", type=Path, metavar="PROOF", help="the proof, which is joined with FILE.ots if that is there"
+    )
+    command.set_defaults(func=_timestamp)
 
     command = commands.add_parser("prove", help="one piece of a bundle's evidence, checkable without the rest")
     command.add_argument("file", type=Path, metavar="FILE", help="a replication bundle (zip or folder)")
@@ -208,4 +215,13 @@ def _prove(arguments: argparse.Namespace) -> int:
     whose = [check.detail for check in found.checks if check.code == "trace"][-1]
     whole = sum(len(data) for data in files.values())
     print(f"{arguments.output}: {whose}; {len(data):,} bytes where the bundle has {whole:,}")
+    return 0
+
+
+def _timestamp(arguments: argparse.Namespace) -> int:
+    from records.timestamps import attach, check_proof
+
+    path = attach(arguments.file, _read(arguments.proof))
+    for check in check_proof(arguments.file.read_bytes(), path.read_bytes()):
+        print(f"{path}: {check.detail}")
     return 0

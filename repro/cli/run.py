@@ -30,10 +30,16 @@ def add_parser(commands: Subparsers) -> None:
     command = commands.add_parser("plan", help="the plan of a run, its digest, time and memory; runs nothing")
     _add_plan_arguments(command)
     command.add_argument("--json", action="store_true", help="the plan itself, canonical JSON")
+    command.add_argument("--sign", type=Path, metavar="KEY", help="sign the plan with this private key, to FILE")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="the signed plan, for repro run --plan")
     command.set_defaults(func=_plan)
 
     command = commands.add_parser("run", help="plan, train, measure, judge, report")
-    _add_plan_arguments(command)
+    _add_plan_arguments(command, optional=True)
+    command.add_argument("--plan", type=Path, metavar="FILE", help="run this signed plan (repro plan --sign)")
+    command.add_argument(
+        "--deviate", metavar="WHY", help="run it although code, text or environment are not the plan's; recorded"
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/PAPER-SCALE)")
     command.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     command.add_argument(
@@ -59,8 +65,8 @@ def add_parser(commands: Subparsers) -> None:
     command.set_defaults(func=_env)
 
 
-def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("paper", metavar="PAPER")
+def _add_plan_arguments(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    command.add_argument("paper", metavar="PAPER", nargs="?" if optional else None)
     command.add_argument("--scale", default="nano", help="smoke, nano, small, base or paper (default: nano)")
     command.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the paper's for the scale)")
     command.add_argument(
@@ -152,10 +158,20 @@ def _make_plan(arguments: argparse.Namespace, *, dry: bool = False, layout: str 
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from records import canonical
+    from records import canonical, keys
+    from records.errors import UsageError
+    from records.package import write_atomically
     from repro.workflow.plan import at_hand, estimate, plan_digest, reuse
+    from repro.workflow.run import now
+    from repro.workflow.signed import sign_plan
 
-    plan = _make_plan(arguments, dry=not arguments.json)
+    if (arguments.sign is None) != (arguments.output is None):
+        raise UsageError("plan: expected both --sign KEY and -o FILE, or neither")
+    plan = _make_plan(arguments, dry=not arguments.json and not arguments.sign)
+    if arguments.sign:
+        key = keys.load(arguments.sign)
+        write_atomically(arguments.output, sign_plan(plan, key=key, signed_at=now()))
+        print(f"{arguments.output}: plan {plan_digest(plan)}, signed with {key.key_id}", file=sys.stderr)
     if arguments.json:
         sys.stdout.buffer.write(canonical.dumps(plan) + b"\n")
         return 0
@@ -197,10 +213,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if spread := layout(arguments.parallel):
             return _run_together(arguments, spread)
-    plan = _make_plan(arguments)
+    plan, beside = _given_plan(arguments)
     require_report()
     folder = _folder(arguments, plan)
-    with start(plan, folder, resume=arguments.resume):
+    with start(plan, folder, resume=arguments.resume, beside=beside):
         _announce(arguments, plan, folder)
         try:
             with reporter() as progress:
@@ -209,6 +225,32 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"repro: stopped; go on with the same command and --resume (kept in {folder})", file=sys.stderr)
             return 130
         return _conclude(plan, folder)
+
+
+def _given_plan(
+    arguments: argparse.Namespace, *, layout: str = "one process"
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The plan to run, made here or signed before, and the files that a new run directory gets beside it."""
+    from records.errors import UsageError
+
+    if (arguments.paper is None) == (arguments.plan is None):
+        raise UsageError("run: expected either a paper or --plan FILE")
+    if arguments.plan is None:
+        if arguments.deviate is not None:
+            raise UsageError("run: --deviate is from a signed plan; expected --plan FILE")
+        return _make_plan(arguments, layout=layout), {}
+    if arguments.seeds is not None or arguments.claims is not None:
+        raise UsageError("run: seeds and claims are those of the signed plan; leave --seeds and --claims out")
+    from records.keys import pinned
+    from records.timestamps import proof_path
+    from repro.workflow.signed import SIGNED_PLAN, adopt
+
+    plan, data = adopt(arguments.plan, why=arguments.deviate, trusted=pinned(), layout=layout)
+    beside = {SIGNED_PLAN: data}
+    proof = proof_path(arguments.plan)
+    if proof.exists():
+        beside[proof_path(Path(SIGNED_PLAN)).name] = proof.read_bytes()
+    return plan, beside
 
 
 def _run_together(arguments: argparse.Namespace, layout: "Layout") -> int:
@@ -222,13 +264,13 @@ def _run_together(arguments: argparse.Namespace, layout: "Layout") -> int:
     require_report()
     set_deterministic()
     with Cluster(layout, arguments.device) as cluster:
-        plan = _make_plan(arguments, layout=str(layout))
+        plan, beside = _given_plan(arguments, layout=str(layout))
         folder = _folder(arguments, plan)
         if not cluster.leads:
             cluster.wait()
             execute_together(plan, folder, cluster=cluster, reporter=None, checkpoint=arguments.checkpoint)
             return 0
-        with start(plan, folder, resume=arguments.resume):
+        with start(plan, folder, resume=arguments.resume, beside=beside):
             _announce(arguments, plan, folder)
             cluster.wait()
             with reporter() as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from records.keys import KeySet
-    from records.report import Verification
+    from records.report import Check, Verification
     from records.resolver import Resolver
 
 # Imports lie inside the functions: verifying a record of the package takes about as long as Python takes to start.
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _LEGEND = """TARGET is one of
   a Pith number (full, or its first 8, 12 or 16 characters), arxiv:ID[vN], doi:10.48550/arxiv.ID
   a JSON file of Pith's (record, bundle, state, graph, key, mirror manifest), or - for standard input
-  a replication bundle (zip or folder), a proof of one piece of it (repro prove), or an audit of it:
-    given together, what the audits say of the bundle is shown, too
+  a replication bundle (zip or folder), a proof of one piece of it (repro prove), an audit of it, a signed plan;
+    bundle and audits given together, what the audits say of the bundle is shown, too
   https://…"""
 _COLOURS = {"trusted": "32", "valid": "32", "invalid": "31", "malformed": "31", "indeterminate": "33",
             "pass": "32", "fail": "31", "skip": "2"}  # fmt: skip
@@ -56,6 +56,12 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument(
         "--state", type=Path, metavar="FILE", help="a served state.json to compare merged bundles with"
     )
+    command.add_argument(
+        "--block-headers",
+        type=Path,
+        metavar="FILE",
+        help="Bitcoin headers for FILE.ots: lines of height and 160 hex digits",
+    )
     command.add_argument("-v", "--verbose", action="store_true", help="show the checks that were skipped, too")
     command.set_defaults(func=run)
 
@@ -68,6 +74,7 @@ class _Seen:
     bundles: list[Any] = field(default_factory=list)
     replications: dict[str, dict[str, bytes]] = field(default_factory=dict)
     audits: list[bytes] = field(default_factory=list)
+    headers: dict[int, bytes] = field(default_factory=dict)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,6 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     codes: list[int] = []
     seen = _Seen(keep_bundles=arguments.state is not None)
+    if arguments.block_headers is not None:
+        from records.timestamps import read_headers
+
+        seen.headers = read_headers(arguments.block_headers)
     for target in arguments.targets:
         try:
             found, code = _verify(target, resolver, seen)
@@ -120,6 +131,7 @@ def _verify(target: str, resolver: "Resolver", seen: "_Seen") -> "tuple[Verifica
 
     try:
         found = _dispatch(target, resolver, seen)
+        found = found.with_checks(*_timestamps(target, seen))
     except (IndeterminateError, NetworkError) as error:
         check = Check(code="pith_number", status="skip", detail=str(error))
         return Verification(target=target, kind="pith_record", checks=(check,)), error.exit_code
@@ -221,10 +233,29 @@ def _envelope(data: bytes, target: str, resolver: "Resolver", seen: "_Seen") -> 
         envelope = open_envelope(data)
     except MalformedError:
         return None
+    if b"urn:pith-repro:plan:" in envelope.payload:
+        from repro.workflow import signed
+
+        if signed.is_signed_plan(envelope):
+            return signed.verify_signed(data, target=target, trusted=resolver.trusted)
     if not audit.is_audit(envelope):
         return None
     seen.audits.append(data)
     return audit.verify_audit(data, target=target, trusted=resolver.trusted)
+
+
+def _timestamps(target: str, seen: "_Seen") -> "list[Check]":
+    """The checks of the OpenTimestamps proof that lies beside a file, if one does."""
+    if "://" in target or not Path(f"{target}.ots").is_file() or not Path(target).is_file():
+        return []
+    from records.errors import UsageError
+    from records.timestamps import MAX_PROOF, check_proof
+
+    try:
+        with Path(f"{target}.ots").open("rb") as file:
+            return check_proof(Path(target).read_bytes(), file.read(MAX_PROOF + 1), headers=seen.headers)
+    except OSError as error:
+        raise UsageError(f"cannot read {target}.ots: {error.strerror or error}") from None
 
 
 def _merge_audits(seen: "_Seen", trusted: "KeySet", *, as_json: bool) -> list[int]:

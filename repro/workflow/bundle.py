@@ -14,11 +14,13 @@ from records.inclusion import EVIDENCE_TREE, evidence_tree, tree_check
 from records.keys import KeySet, PrivateKey
 from records.replication import OUTCOME, PAPER, PITH_RECORD, PLAN, build_replication, read_statement, verify_replication
 from records.report import Check, Verification
+from records.timestamps import check_proof, proof_path
 from records.versions import check_version, is_other_version
 from repro.judge import OUTCOME_SCHEMA, judge, same_outcome
 from repro.workflow.crate import RO_CRATE, ro_crate
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import jobs, parse_plan, plan_digest
+from repro.workflow.signed import SIGNED_PLAN, check_signed
 
 RUN, REPORT = "run.json", "report.html"
 
@@ -48,6 +50,9 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
     if finished_at is None:
         raise UsageError(f"{folder}: the run is not finished; go on with repro run … --resume")
     files |= read_directory(folder)
+    for name in (SIGNED_PLAN, proof_path(Path(SIGNED_PLAN)).name):
+        if (folder / name).exists():
+            files[name] = _read(folder, name)
     subject_name, subject_sha256, paper_files = _subject(plan["paper"])
     files |= paper_files
     files[RO_CRATE] = ro_crate(plan, run, files, signed=key is not None)
@@ -69,7 +74,7 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
         },
         EVIDENCE_TREE: evidence_tree(files),
         "finished_at": finished_at,
-    }
+    } | ({"deviates": plan["deviates"]} if "deviates" in plan else {})
     return build_replication(
         files, subject_name=subject_name, subject_sha256=subject_sha256, predicate=predicate, key=key
     )
@@ -100,6 +105,8 @@ def verify(files: Mapping[str, bytes], *, target: str, trusted: KeySet) -> Verif
         predicate = read_statement(files).statement["predicate"]
         checks = [
             *_plan_checks(plan, predicate),
+            *check_signed(files, plan, trusted=trusted),
+            *_timestamps(files),
             tree_check(files, predicate),
             *_evidence_checks(plan, outcome, predicate, files),
         ]
@@ -128,11 +135,19 @@ def _plan_checks(plan: Mapping[str, Any], predicate: Mapping[str, Any]) -> list[
     differing = [
         name for name in ("paper", "scale", "seeds", "corpora", "environment") if predicate.get(name) != plan[name]
     ]
+    if predicate.get("deviates") != plan.get("deviates"):
+        differing.append("deviates")
     if predicate["code"].get("sha256") != plan["code"]["sha256"]:
         differing.append("code")
     return [
         Check(code="plan", status="fail", detail=f"the statement's {name} is not the plan's") for name in differing
     ] or [Check(code="plan", status="pass", detail="paper, scale, seeds, corpora, environment and code are the plan's")]
+
+
+def _timestamps(files: Mapping[str, bytes]) -> list[Check]:
+    """Of the signed plan; a bundle's own timestamp lies beside it, for it would have to be of itself."""
+    proof = files.get(proof_path(Path(SIGNED_PLAN)).name)
+    return [] if proof is None or SIGNED_PLAN not in files else check_proof(files[SIGNED_PLAN], proof)
 
 
 def _evidence_checks(

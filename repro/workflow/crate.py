@@ -14,6 +14,8 @@ RO_CRATE = "ro-crate-metadata.json"
 
 _KINDS = {
     "plan.json": "The plan, fixed before the first step: claims, criteria, arms, seeds, data, code, environment",
+    "signed-plan.dsse.json": "The plan as it was signed before the run",
+    "signed-plan.dsse.json.ots": "OpenTimestamps proof of the signed plan",
     "outcome.json": "Verdicts with effect sizes and intervals, as judged from the evidence",
     "run.json": "When, and from which checkout, the plan was executed",
     "report.html": "The report for people",

@@ -229,6 +229,15 @@ class _ArmRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Deviation:
+    """From which signed plan a plan deviates, in what, and why."""
+
+    plan_sha256: str
+    why: str
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _PlanRecord:
     """The form of plan.json: what `parse_plan` holds a foreign plan against."""
 
@@ -247,6 +256,7 @@ class _PlanRecord:
     environment: NumericEnvironment
     tolerance: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    deviates: _Deviation | None = None
 
 
 def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:

@@ -84,8 +84,10 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def start(plan: Mapping[str, Any], folder: Path, *, resume: bool) -> Iterator[None]:
-    """Holds the run directory `folder` for `plan` while the context lasts.
+def start(
+    plan: Mapping[str, Any], folder: Path, *, resume: bool, beside: Mapping[str, bytes] | None = None
+) -> Iterator[None]:
+    """Holds the run directory `folder` for `plan` while the context lasts; a new one gets the files `beside`, too.
 
     Raises:
         UsageError: the folder holds a run and `resume` is not asked for, holds another plan's run, is in use by
@@ -111,6 +113,8 @@ def start(plan: Mapping[str, Any], folder: Path, *, resume: bool) -> Iterator[No
                     "claims, seeds, code, corpus or environment differ; choose another --out"
                 )
         else:
+            for name, data in (beside or {}).items():
+                write_atomically(folder / name, data)
             write_atomically(folder / "plan.json", canonical.dumps(dict(plan)))
         yield
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,17 +33,24 @@ def one(name: str, rest: list[str]) -> None:
     target = TARGETS[name]
 
     def test(data: bytes) -> None:
-        began = time.process_time()
+        began, before = time.process_time(), _peak()
         run(target, data)
-        taken = time.process_time() - began
+        taken, grown = time.process_time() - began, _peak() - before
         if taken > CPU_SECONDS:
             raise TimeoutError(f"{len(data)} bytes took {taken:.1f} s")
+        if grown > MEGABYTES / 4:  # libFuzzer looks once a second, and blames the input that it sees then
+            raise MemoryError(f"{len(data)} bytes took {grown:.0f} MB more than any input before")
 
     corpus = Path(rest[0])
     for number, seed in enumerate(target.seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
     atheris.Setup([sys.argv[0], *rest], test)
     atheris.Fuzz()
+
+
+def _peak() -> float:
+    """The most memory that this process ever held, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> int:
