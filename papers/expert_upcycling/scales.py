@@ -35,7 +35,7 @@ SETTINGS = {
         model=_model(d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128),
         train=_train(steps=1_200, batch=8, context=128, lr=3e-3, warmup=40),
         few=8, rewarm=20, corpus="stdlib", seeds=3, eval_tokens=131_072, probe=20, ks=(1, 2, 8), k_pool=16,
-        pools=(4, 8, 16, 32), contest_steps=800,
+        pools=(4, 8, 16, 32), contest_steps=600,
     ),
     "small": Setting(
         model=_model(d_model=256, d_expert=384, num_layers=4, num_heads=4, num_experts=512, top_k=8, context=512),

@@ -15,7 +15,12 @@ def add_parser(commands: Subparsers) -> None:
     command = commands.add_parser(
         "report", help="the HTML report of a run again; an index of bundles; the README's table"
     )
-    command.add_argument("dir", type=Path, metavar="DIR", nargs="?")
+    command.add_argument(
+        "dir", type=Path, metavar="DIR", nargs="?", help="a run directory; with --figures a bundle too"
+    )
+    command.add_argument(
+        "--figures", type=Path, metavar="OUT", help="write each figure of DIR as SVG into the folder OUT instead"
+    )
     command.add_argument(
         "--readme", type=Path, metavar="README", help="rewrite the table of published replications in this file"
     )
@@ -41,13 +46,17 @@ def add_parser(commands: Subparsers) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from records.errors import UsageError
-    from repro.workflow.publish import rewrite_readme, write_index, write_report
+    from repro.workflow.publish import rewrite_readme, write_figures, write_index, write_report
 
     if [arguments.dir, arguments.readme, arguments.index].count(None) != 2:
         raise UsageError("report: expected either a run directory or --readme README or --index PATH…")
     if (arguments.index is None) != (arguments.output is None):
         raise UsageError("report: --index writes the page that -o names, and nothing else has an -o")
-    if arguments.readme:
+    if arguments.figures and arguments.dir is None:
+        raise UsageError("report: --figures needs the run directory or the bundle whose figures they are")
+    if arguments.figures:
+        print(*write_figures(arguments.dir, arguments.figures), sep="\n")
+    elif arguments.readme:
         rewrite_readme(arguments.readme)
     elif arguments.index:
         count = write_index(arguments.index, arguments.output, trusted_keys=arguments.trusted_keys)

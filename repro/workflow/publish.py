@@ -1,7 +1,9 @@
-"""What a run and published replications show people: report.html, an index of several, and the README's table."""
+"""What a run and published replications show people: report.html, single figures, an index of several, the README's table."""
 
+import csv
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -9,6 +11,9 @@ from records import canonical, keys
 from records.errors import InvalidError, UsageError
 from records.package import STATEMENT, read_bundle, write_atomically
 from records.replication import read_statement, side_by_side
+from repro.config import decode
+from repro.experiment import Figure
+from repro.judge import Evidence
 from repro.report import require_report
 from repro.report.table import markdown, replace_table
 from repro.workflow.bundle import sound
@@ -44,6 +49,64 @@ def write_report(folder: Path) -> Path:
     courses = Courses(losses=loaded.losses, timed=loaded.timed, probes=loaded.probes)
     write_atomically(path, render(plan, outcome, run, loaded.evidence, courses, files).encode())
     return path
+
+
+def write_figures(source: Path, out: Path) -> list[Path]:
+    """Writes each figure of a judged run or a replication bundle as figure-N.svg into `out`, and returns the paths.
+
+    A figure of `cells` also gets its differences as figure-N.csv: curve, row, seed, value.
+
+    Raises:
+        UsageError: a missing extra, nothing judged at `source`, or `out` cannot be written.
+        InvalidError: the evidence does not hold.
+    """
+    require_report()
+    from repro.report.figures import Courses, draw
+
+    if source.is_file():
+        files: Mapping[str, bytes] = read_bundle(source)
+    else:
+        names = [source / "plan.json", source / "outcome.json"]
+        if lacking := [path for path in names if not path.is_file()]:
+            raise UsageError(f"{source}: expected a judged run or a replication bundle, found no {lacking[0].name}")
+        files = read_directory(source) | {path.name: path.read_bytes() for path in names}
+    plan = parse_plan(files["plan.json"], name=f"{source}: plan.json")
+    loaded = load(plan, files)
+    if loaded.faults:
+        raise InvalidError(f"{source}: {loaded.faults[0]}")
+    chosen = canonical.loads(files["outcome.json"])["groups"]
+    labels = {item["id"]: item["label"] for item in (*plan["arms"], *plan["groups"])}
+    courses = Courses(losses=loaded.losses, timed=loaded.timed, probes=loaded.probes)
+    written = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, data in enumerate(plan["figures"], start=1):
+            figure = decode(Figure, data)
+            texts = {"svg": draw(figure, loaded.evidence, courses, seeds=plan["seeds"], chosen=chosen, labels=labels)}
+            if figure.kind == "cells":
+                texts["csv"] = _csv(figure, loaded.evidence, plan["seeds"], chosen)
+            for kind, text in texts.items():
+                written.append(out / f"figure-{number}.{kind}")
+                write_atomically(written[-1], text.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}; choose another folder") from error
+    return written
+
+
+def _csv(figure: Figure, evidence: Evidence, seeds: Sequence[int], chosen: Mapping[str, str]) -> str:
+    from repro.report.figures import differences
+
+    def rows() -> Iterator[tuple[str, str, int, str]]:
+        for seed in seeds:
+            for curve, cells in differences(figure, evidence, seeds=[seed], chosen=chosen).items():
+                for name, values in zip(figure.names, cells, strict=True):
+                    yield from ((curve, name, seed, f"{value:.6f}") for value in values)
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("curve", "row", "seed", "value"))
+    writer.writerows(sorted(rows()))
+    return text.getvalue()
 
 
 def readme_table(root: Path) -> str:

@@ -174,3 +174,14 @@ def test_a_truncated_zip_and_junk(smoke_bundle, tmp_path):
         assert done.returncode == 3
         assert b"Traceback" not in done.stdout + done.stderr
     assert "statement.dsse.json" in read_bundle(smoke_bundle)
+
+
+def test_figures_of_a_run_and_of_a_bundle_are_the_same(smoke_run, smoke_bundle, tmp_path):
+    for source, out in ((smoke_run, "run"), (smoke_bundle, "bundle")):
+        done = repro("report", source, "--figures", tmp_path / out)
+        assert done.returncode == 0
+        assert done.stdout.decode().split() == [str(path) for path in sorted((tmp_path / out).glob("*.svg"))]
+    (first,) = (tmp_path / "run").glob("figure-1.svg")
+    assert first.read_bytes() == (tmp_path / "bundle" / "figure-1.svg").read_bytes()
+    assert first.read_text().startswith("<svg")
+    refused(2, "report", tmp_path, "--figures", tmp_path / "x", message="expected a judged run or a replication bundle")

@@ -139,7 +139,7 @@ def test_the_contest_has_every_condition_once_and_each_differs_in_what_its_name_
             assert last.inherit == ("all" if "-kept-" in condition else "weights")
             assert last.model.score == condition.split("-")[0] == before[0].model.score
             assert bool(last.model.d_shared) is ("-shared-" in condition)
-            assert sum(segment.train.steps for segment in before) == (400 if "-50-" in condition else 600)
+            assert sum(segment.train.steps for segment in before) == (300 if "-50-" in condition else 450)
     (figure,) = contest.figures()
     assert figure.arms == set(arms)
 
