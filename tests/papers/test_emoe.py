@@ -24,6 +24,15 @@ from repro.pretrained import NOT_AT_HAND, Pretrained
 from repro.workflow.plan import estimate, make_plan
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny tensors: threads that wait for one another would take twenty times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -308,6 +317,14 @@ def test_a_public_checkpoint_is_what_base_and_paper_train_further(scale):
     assert emoe.SETTINGS[scale].ks == {"0.5k": 4, "1k": 8, "1.5k": 12, "2k": 16, "3k": 24, "4k": 32}
     default = select_claims(load_claims("emoe"), None, scale)
     assert {claim.suite for claim in default} == {"post"}
+
+
+def test_base_can_be_planned_for_its_cost_without_checkpoint_and_text():
+    plan = make_plan("emoe", scale="base", dry=True)
+    assert set(plan["corpora"].values()) == {NOT_AT_HAND}
+    assert estimate(plan, workers=1).flops > 1e18
+    with pytest.raises(UsageError, match="say where it lies with --checkpoint DIR"):
+        make_plan("emoe", scale="base")
 
 
 def test_with_a_checkpoint_any_scale_trains_its_model_further():
