@@ -30,6 +30,7 @@ from papers.equal_resource.solver import (
     Schedule,
     Shape,
     moe_shape,
+    repeated,
     schedule,
     solve,
     step_law_batch,
@@ -178,9 +179,12 @@ def _arm(setting: Setting, name: str, plan: Plan, lr: float) -> Arm:
         "lr": float(f"{step_law_lr(shape.parameters, spent.tokens):.4g}"),
         "batch_tokens": round(step_law_batch(spent.tokens)),
     }
+    text = f"{spent.tokens:,} tokens"
+    if plan.unique:
+        text += f" in {_epochs(plan):.2f} epochs (worth {repeated(spent.tokens, plan.unique):,.0f} new ones: arXiv 2305.16264)"
     return Arm(
         id=f"{name}-lr{lr:g}",
-        label=f"{name}: {shape}, {spent.tokens:,} tokens, learning rate {lr:g} (Step Law {law['lr']:.2g})",
+        label=f"{name}: {shape}, {text}, learning rate {lr:g} (Step Law {law['lr']:.2g})",
         segments=(Segment(model=model, train=train, corpus=setting.corpus, freeze=plan.freeze, reseed=plan.reseed),),
         measure={"tokens": setting.eval_tokens, "corpus": setting.corpus, "step_law": law},
         measure_tokens=2 * setting.eval_tokens,

@@ -190,6 +190,10 @@ def test_reuse_at_nano_is_planned_as_the_paper_has_it():
     train = next(arm for arm in plan["arms"] if arm["id"].startswith("dense-lr"))["segments"][0]["train"]
     assert unique["strict"] == train["steps"] * train["batch"] * train["context"]
     assert (unique["moe200"], unique["dense"]) == (0, 0)
+    label = next(arm["label"] for arm in plan["arms"] if arm["id"].startswith("strict"))
+    tokens = next(arm for arm in plan["arms"] if arm["id"].startswith("strict"))["segments"][0]["train"]
+    tokens = tokens["steps"] * tokens["batch"] * tokens["context"]
+    assert f"epochs (worth {solver.repeated(tokens, unique['strict']):,.0f} new ones" in label
 
 
 def test_a_corpus_that_is_too_small_is_refused_before_training(monkeypatch):
