@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from repro import __version__
-    from repro.cli import bench, data, evidence, export, keys, mirror, run, verify
+    from repro.cli import bench, data, evaluation, evidence, export, keys, mirror, run, verify
 
     parser = argparse.ArgumentParser(
         prog="repro",
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"repro {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (verify, run, export, evidence, keys, mirror, bench, data):
+    for module in (verify, run, export, evidence, keys, mirror, bench, data, evaluation):
         module.add_parser(commands)
     return parser

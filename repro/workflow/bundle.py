@@ -17,6 +17,7 @@ from records.report import Check, Verification
 from records.timestamps import check_proof, proof_path
 from records.versions import check_version, is_other_version
 from repro.judge import OUTCOME_SCHEMA, judge, same_outcome
+from repro.workflow import evals
 from repro.workflow.crate import RO_CRATE, ro_crate
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import jobs, parse_plan, plan_digest
@@ -49,7 +50,9 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
     finished_at = run["sessions"][-1]["finished_at"]
     if finished_at is None:
         raise UsageError(f"{folder}: the run is not finished; go on with repro run … --resume")
-    files |= read_directory(folder)
+    files |= read_directory(folder) | evals.read_directory(folder)
+    if faults := evals.faults(plan, files):
+        raise InvalidError(f"{folder}: {faults[0]}; delete the file to bundle the run without it")
     for name in (SIGNED_PLAN, proof_path(Path(SIGNED_PLAN)).name):
         if (folder / name).exists():
             files[name] = _read(folder, name)
@@ -70,7 +73,7 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
         "evidence": {
             name: canonical.sha256_hex(data)
             for name, data in sorted(files.items())
-            if name.startswith(("segments/", "arms/"))
+            if name.startswith(("segments/", "arms/", "evals/"))
         },
         EVIDENCE_TREE: evidence_tree(files),
         "finished_at": finished_at,
@@ -154,7 +157,7 @@ def _evidence_checks(
     plan: Mapping[str, Any], outcome: Any, predicate: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> list[Check]:
     loaded = load(plan, files)
-    faults = [*loaded.faults, *_strangers(plan, files)]
+    faults = [*loaded.faults, *_strangers(plan, files), *evals.faults(plan, files)]
     if faults:
         return [
             *(Check(code="trace", status="fail", detail=fault) for fault in faults),
