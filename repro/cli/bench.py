@@ -1,4 +1,4 @@
-"""`repro bench verify|moe|train`: ratios measured side by side, for people or as JSON."""
+"""`repro bench verify|moe|train|determinism`: ratios measured side by side, for people or as JSON."""
 
 import argparse
 import json
@@ -8,9 +8,12 @@ from typing import Any
 def add_parser(subparsers: Any) -> None:
     """Add the command to `subparsers`."""
     command = subparsers.add_parser("bench", help="speed ratios, measured side by side in one run")
-    command.add_argument("what", choices=("verify", "moe", "train"))
+    command.add_argument("what", choices=("verify", "moe", "train", "determinism"))
     command.add_argument("--json", action="store_true", help="one JSON object with every figure and its spread")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for moe and train (default: cpu)")
+    command.add_argument(
+        "--python", action="append", default=[], metavar="PATH", help="determinism: also judge with this interpreter"
+    )
     command.set_defaults(func=_run)
 
 
@@ -23,7 +26,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from repro.environment import require_torch
 
         require_torch()
-        if arguments.what == "moe":
+        if arguments.what == "determinism":
+            from repro.bench import determinism
+
+            result = determinism.measure(interpreters=arguments.python)
+        elif arguments.what == "moe":
             from repro.bench import moe
 
             result = moe.measure(device=arguments.device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,25 @@ def test_a_full_disk_leaves_nothing_half_written(smoke_run):
     finally:
         subprocess.run(["umount", folder], check=True)
         folder.rmdir()
+
+
+def test_a_disk_that_fills_up_during_the_run_loses_nothing_that_was_done(tmp_path):
+    """As every user can have it: no file may grow beyond a limit, then one may, and the run goes on."""
+    words = [sys.executable, "-m", "repro", "run", "emoe", "--scale", "smoke", "--claims", "A1", "--seeds", "1"]
+    words += ["--out", str(tmp_path / "run"), "--workers", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(words, env=env, capture_output=True, preexec_fn=limit, timeout=240)
+    assert done.returncode == 2, done.stderr.decode()
+    assert b"File too large" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("final.safetensors"))
+    assert not list(tmp_path.rglob("outcome.json"))
+    done = subprocess.run([*words, "--resume"], env=env, capture_output=True, timeout=240)
+    assert done.returncode == 4, done.stderr.decode()
 
 
 def test_a_run_on_a_terminal_draws_bars(tmp_path):

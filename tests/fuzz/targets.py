@@ -14,9 +14,11 @@ from typing import Any
 
 import small
 from command_line import ROOT
+from opentimestamps.core.notary import BitcoinBlockHeaderAttestation, PendingAttestation
 from record_cases import SIGNED, STORE, bundle_of
+from timestamp_proofs import DATA, proof
 
-from records import canonical, document, inclusion, merge, package, replication, statement
+from records import audit, canonical, document, inclusion, merge, package, replication, statement, timestamps
 from records.bulk import LineVerifier
 from records.errors import ReproError
 from records.keys import parse_public_keys, pinned
@@ -24,8 +26,9 @@ from records.number import parse_reference
 from records.report import Verification
 from repro.judge import judge
 from repro.trace import check_chain, genesis
+from repro.workflow import audit as workflow_audit
 from repro.workflow import bundle as workflow_bundle
-from repro.workflow import prove
+from repro.workflow import prove, signed
 from repro.workflow.bundle import summary
 from repro.workflow.evidence import load
 from repro.workflow.plan import jobs, parse_plan, plan_digest
@@ -244,6 +247,56 @@ def _document_edited(data: bytes) -> None:
     _document(canonical.dumps(edited(seeds[choices.below(2)], choices)))
 
 
+def _said(statement_bytes: bytes, choices: Choices) -> bytes:
+    """A statement of ours, its predicate changed, signed anew."""
+    said = statement.open_envelope(statement_bytes).statement
+    return statement.sign_envelope(said | {"predicate": edited(said["predicate"], choices)}, small.KEY)
+
+
+def _audit(data: bytes) -> None:
+    _verdict(audit.verify_audit(data, trusted=pinned()))
+    audit.merge_audits([data, AUDIT], manifest_sha256=canonical.sha256_hex(SMALL["manifest.json"]), trusted=pinned())
+    workflow_audit.check_draw(PLAN, SMALL, audit.read_audit(data))
+
+
+def _signed(data: bytes) -> None:
+    _verdict(signed.verify_signed(data, trusted=pinned()))
+    signed.check_signed({signed.SIGNED_PLAN: data}, PLAN, trusted=pinned())
+    here = {name: PLAN[name] for name in ("code", "corpora", "environment")}
+    signed.check_signed({signed.SIGNED_PLAN: data}, signed.deviated(PLAN, here, "why"), trusted=pinned())
+
+
+def _timestamp(data: bytes) -> None:
+    timestamps.check_proof(DATA, data, headers={800_000: bytes(80)})
+
+
+def _made_audit() -> bytes:
+    drawn = workflow_audit.draw(PLAN, arms=1, segments=2, seed=3)
+    items = [
+        {"arm": job.arm, "seed": job.seed, "segment": None, "steps": None} for job in drawn.arms
+    ] + [
+        {"arm": s.job.arm, "seed": s.job.seed, "segment": s.number + 1, "steps": [s.first, s.last]} for s in drawn.stretches
+    ]  # fmt: skip
+    rest = {"agreement": "bitwise", "difference": "0.0", "lines": 4, "not_compared": []}
+    said = {
+        "schema": audit.AUDIT_SCHEMA,
+        "statement_sha256": canonical.sha256_hex(replication.read_statement(SMALL).payload),
+        "plan_sha256": plan_digest(PLAN),
+        "draw": {"seed": 3, "arms": 1, "segments": 2},
+        "rule": "bitwise",
+        "differing": [],
+        "tolerance": PLAN["tolerance"],
+        "items": [item | rest for item in items],
+        **{name: {} for name in ("environment", "code", "cost")},
+        "finished_at": "2026-11-22T01:00:00Z",
+    }
+    return audit.sign_audit(said, manifest_sha256=canonical.sha256_hex(SMALL["manifest.json"]), key=small.KEY)
+
+
+AUDIT = _made_audit()
+SIGNED_PLAN = signed.sign_plan(PLAN, key=small.KEY, signed_at="2026-11-22T01:00:00Z")
+STAMPED = [proof(PendingAttestation("https://a.example")), proof(BitcoinBlockHeaderAttestation(800_000))]
+
 _DRIVERS = [bytes(range(n, n + 24)) for n in range(0, 230, 11)]
 
 TARGETS: dict[str, Target] = {
@@ -268,6 +321,11 @@ TARGETS: dict[str, Target] = {
     "bundle-edit": Target(run=_bundle, seeds=_DRIVERS),
     "proof": Target(run=_proof, seeds=[PROOF]),
     "proof-edit": Target(run=_proof_edited, seeds=_DRIVERS),
+    "audit": Target(run=_audit, seeds=[AUDIT]),
+    "audit-edit": Target(run=lambda data: _audit(_said(AUDIT, Choices(data))), seeds=_DRIVERS),
+    "signed-plan": Target(run=_signed, seeds=[SIGNED_PLAN]),
+    "signed-plan-edit": Target(run=lambda data: _signed(_said(SIGNED_PLAN, Choices(data))), seeds=_DRIVERS),
+    "timestamp": Target(run=_timestamp, seeds=STAMPED),
 }
 
 

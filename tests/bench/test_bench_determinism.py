@@ -1,0 +1,13 @@
+"""`repro bench determinism`: the same again is bitwise equal, another seed is not, and each difference is measured."""
+
+from repro.bench.determinism import CASES, measure
+
+
+def test_the_same_again_is_equal_and_another_seed_is_not():
+    wanted = [number for number, case in enumerate(CASES) if case[0] in ("stopped", "seed")]
+    found = measure(steps=20, cases=wanted)
+    stopped, seed = found["cases"]
+    assert (stopped["bitwise"], stopped["largest"]) == (True, 0.0)
+    assert not seed["bitwise"]
+    assert seed["largest"] >= seed["first"] > 0.001
+    assert found["steps"] == 20
