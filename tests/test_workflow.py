@@ -249,6 +249,9 @@ def test_a_stranger_among_the_evidence(bundle):
     assert failed(resealed(bundle | {"arms/other/seed-0.jsonl": b""})) == {"trace"}
 
 
+COUNTS = dict.fromkeys(("steps", "batch", "context", "trace_every", "hash_every"), 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -259,6 +262,10 @@ def test_a_stranger_among_the_evidence(bundle):
         (lambda plan: plan | {"arms": [plan["arms"][0] | {"id": "../x"}]}, "arm ids of letters"),
         (lambda plan: plan | {"arms": [plan["arms"][0] | {"segments": []}]}, "has no segments"),
         (lambda plan: plan | {"arms": [plan["arms"][0] | {"segments": [{"train": 3}]}]}, "all positive"),
+        (
+            lambda plan: plan | {"arms": [plan["arms"][0] | {"segments": [{"train": COUNTS, "corpus": []}]}]},
+            "a corpus that",
+        ),
         (lambda plan: {k: v for k, v in plan.items() if k != "tolerance"}, "missing fields"),
         (lambda plan: plan | {"code": {}}, "code's digest"),
         (lambda plan: [plan], "found list"),

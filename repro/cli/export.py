@@ -33,9 +33,14 @@ def add_parser(commands: Subparsers) -> None:
     )
     command.set_defaults(func=_report)
 
-    command = commands.add_parser("export", help="a bundle in the forms of others: in-toto test-result, LaTeX")
-    command.add_argument("form", choices=("test-result", "latex"))
-    command.add_argument("file", type=Path, metavar="FILE", help="a replication bundle (zip or folder)")
+    command = commands.add_parser("export", help="a bundle as in-toto test-result or LaTeX; our JSON Schemas")
+    command.add_argument("form", choices=("test-result", "latex", "schemas"))
+    command.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="a replication bundle (zip or folder); for schemas, the folder to write them to",
+    )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="file to write (default: standard output)")
     command.add_argument("--key", type=Path, metavar="KEY", help="sign the test-result with this private key")
     command.add_argument(
@@ -73,6 +78,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from repro.workflow.bundle import sound
     from repro.workflow.export import as_latex, as_test_result
 
+    if arguments.form == "schemas":
+        return _schemas(arguments)
     if arguments.key and arguments.form != "test-result":
         raise UsageError("export latex: a table is not signed; leave --key out")
     key = keys.load(arguments.key) if arguments.key else None
@@ -84,4 +91,22 @@ def _export(arguments: argparse.Namespace) -> int:
         print(arguments.output)
     else:
         sys.stdout.buffer.write(data)
+    return 0
+
+
+def _schemas(arguments: argparse.Namespace) -> int:
+    from records.errors import UsageError
+    from records.package import write_atomically
+    from repro.workflow.schemas import schemas
+
+    if arguments.output or arguments.key:
+        raise UsageError("export schemas: expected a folder, and neither -o nor --key")
+    try:
+        arguments.file.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {arguments.file}: {error.strerror or error}") from None
+    files = schemas()
+    for name, data in files.items():
+        write_atomically(arguments.file / name, data)
+    print(f"{arguments.file}: {len(files)} schemas")
     return 0

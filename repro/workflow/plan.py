@@ -292,7 +292,8 @@ def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:
                 raise MalformedError(
                     f"{name}: arm {arm.id}: expected a positive train.probe_every, and {', '.join(_MODEL_COUNTS)} under model"
                 )
-            if not isinstance(record.corpora.get(segment.get("corpus", "")), str):
+            name_of_corpus = segment.get("corpus")
+            if not isinstance(name_of_corpus, str) or not isinstance(record.corpora.get(name_of_corpus), str):
                 raise MalformedError(f"{name}: arm {arm.id}: expected a corpus that the plan gives a digest of")
     if not isinstance(record.code.get("sha256"), str):
         raise MalformedError(f"{name}: expected the code's digest under code.sha256")
