@@ -64,10 +64,10 @@ SETTINGS = {
         learning_rates={"": (0.01,)}, rich=4.0,
     ),
     "nano": Setting(
-        main=_size(76_500, 3.6e11, (16, 3, 44), 8, head=8, zeta=16.0),
-        other=_size(183_000, 2.0e12, (24, 3, 66), 12, head=8, zeta=16.0),
+        main=_size(76_500, 2.7e11, (16, 3, 44), 8, head=8, zeta=16.0),
+        other=_size(183_000, 1.5e12, (24, 3, 66), 12, head=8, zeta=16.0),
         train=_TRAIN,
-        least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072, rich=2.8,
+        least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072, rich=3.7,
         learning_rates={
             "": (0.016, 0.032), "moe": (0.032,), "moe200": (0.016, 0.032), "starved": (0.016,),
             "dense": (0.004, 0.008, 0.016), "dense-2c": (0.004, 0.008),
