@@ -140,6 +140,12 @@ def reproduce_equal_resource(session: nox.Session) -> None:
     _reproduce(session, "equal-resource")
 
 
+@nox.session(name="reproduce-mssp", default=False)
+def reproduce_mssp(session: nox.Session) -> None:
+    """MSSP (arXiv 2605.14200)."""
+    _reproduce(session, "mssp")
+
+
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """What needs a GPU: the core's tests there, and the benchmarks against its peers."""

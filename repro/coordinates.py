@@ -8,7 +8,8 @@ With up weights U, down weights W, hidden h and the gates φ of the current mode
   ratio RMS(W_0ᵀδ) / RMS((W_t − W_0)ᵀδ) over the assignments, δ the gradient at the layer's output
 
 In a parameterization that is stable in scale, none of these depends on the width. Gradients are in natural units: of one
-token's loss, times the width, since a coordinate of a Θ(1) feature moves the loss by Θ(1/N). Source: arXiv 2605.14200.
+token's loss, times the width, since a coordinate of a Θ(1) feature moves the loss by Θ(1/N), over the residual multiplier.
+Source: arXiv 2605.14200.
 """
 
 import itertools
@@ -57,11 +58,11 @@ def coordinates(first: Transformer, now: Transformer, tokens_BS: Tensor, targets
     for parameter in now.parameters():
         parameter.grad = None
     layers = zip(_layers(first), _layers(now), before, after, strict=True)
-    return [_layer(*layer) for layer in layers]
+    return [_layer(*layer, now.config.residual_scale) for layer in layers]
 
 
 @torch.no_grad()
-def _layer(first: MoE, now: MoE, before: _Passed, after: _Passed) -> Coordinates:
+def _layer(first: MoE, now: MoE, before: _Passed, after: _Passed, residual: float) -> Coordinates:
     routing = after.router.routing
     init_TD = now.experts(before.x_TD, routing, first.w_up_EDF, first.w_down_EFD, now.backend)
     carried_TD = now.experts(after.x_TD, routing, now.w_up_EDF, first.w_down_EFD, now.backend)
@@ -81,7 +82,7 @@ def _layer(first: MoE, now: MoE, before: _Passed, after: _Passed) -> Coordinates
         propagating=_rms(carried_TD - init_TD),
         effective=_rms(now.experts(after.x_TD, routing, now.w_up_EDF, moved_EFD, now.backend)),
         router=_rms(after.router.logits_TE),
-        gradient=_rms(gradient_TD) * gradient_TD.shape[1],
+        gradient=_rms(gradient_TD) * gradient_TD.shape[1] / residual,
         backward=(start / moved) ** 0.5 if moved else None,
     )
 

@@ -291,6 +291,7 @@ class Figure:
     probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
     the pool grew or another part of the training began. `load` draws what the probes say of each expert's load, a map
     for each curve's arm, seed and layer.
+    `log` makes the x axis, or both, logarithmic; then a diverged arm of `metrics` leaves a gap and a mark at the top.
     A figure of a `suite` needs all its arms run where all claims of that suite are asked for, and none otherwise.
     """
 
@@ -305,6 +306,7 @@ class Figure:
     fit: bool = False
     names: tuple[str, ...] = ()
     suite: str | None = None
+    log: Literal["", "x", "xy"] = ""
 
     def __post_init__(self) -> None:
         if self.fit and (self.kind != "metrics" or len(self.x) < 3 or min(self.x) <= 0):

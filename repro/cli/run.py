@@ -25,6 +25,7 @@ def add_parser(commands: Subparsers) -> None:
     command = commands.add_parser("claims", help="a paper's claims, each with its criterion and source")
     command.add_argument("paper", metavar="PAPER")
     command.add_argument("--json", action="store_true", help="one JSON object a claim")
+    command.add_argument("--table", action="store_true", help="instead the table that the paper's claims are about")
     command.set_defaults(func=_claims)
 
     command = commands.add_parser("plan", help="the plan of a run, its digest, time and memory; runs nothing")
@@ -121,6 +122,15 @@ def _claims(arguments: argparse.Namespace) -> int:
     from repro.experiment import load_claims
 
     info = load_claims(arguments.paper)
+    if arguments.table:
+        from records.errors import UsageError
+        from repro.workflow.plan import paper_module
+
+        table = getattr(paper_module(info.paper.slug), "table", None)
+        if table is None:
+            raise UsageError(f"{arguments.paper} has no table; leave --table out")
+        print(table())
+        return 0
     for claim in info.claim:
         if arguments.json:
             print(json.dumps(encode(claim), ensure_ascii=False))

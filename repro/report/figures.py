@@ -7,7 +7,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -101,8 +101,10 @@ def _lines(
         )
         if figure.kind == "metrics":
             points = _points(figure, curve, chosen)
-            lines = [line for seed in seeds if (line := _line(evidence, points, seed))]
+            lines = [line for seed in seeds if (line := _line(evidence, points, seed, gaps=bool(figure.log)))]
             _metrics(axes, figure.x, lines, style)
+            if figure.log:
+                _diverged(axes, figure.x, lines, style, number)
             if figure.fit and curve.arms and lines:
                 _fit(axes, figure.x, lines, style)
         elif figure.base and figure.target:
@@ -116,6 +118,13 @@ def _lines(
     if figure.fit:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
+    if figure.log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    if figure.log == "xy":
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:.3g}")
     if figure.over_x:
         axes.set_xticks(figure.x)
     axes.grid(alpha=0.25)
@@ -167,9 +176,14 @@ def _points(figure: Figure, curve: Curve, chosen: Mapping[str, str]) -> list[tup
     return list(zip(arms, curve.metrics, strict=True))
 
 
-def _line(evidence: Evidence, points: Sequence[tuple[str, str]], seed: int) -> list[float]:
-    """Values of one seed at all points, or nothing where one is lacking."""
+def _line(evidence: Evidence, points: Sequence[tuple[str, str]], seed: int, *, gaps: bool = False) -> list[float]:
+    """Values of one seed at all points, or nothing where one is lacking; with `gaps` NaN for a diverged arm."""
     results = [(evidence.get((arm, seed)), name) for arm, name in points]
+    if gaps and any(result is not None and result.status != "diverged" for result, _ in results):
+        results = [
+            (replace(result, metrics={name: "nan"}) if result and result.status == "diverged" else result, name)
+            for result, name in results
+        ]
     if any(result is None or name not in result.metrics for result, name in results):
         return []
     return [float(result.metrics[name]) for result, name in results if result]
@@ -187,6 +201,16 @@ def _metrics(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], s
         x, means, yerr=halves, color=style.colour, marker=style.marker, markersize=5, capsize=3,
         label=f"{style.label} ({len(lines)} seeds)",
     )  # fmt: skip
+
+
+def _diverged(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], style: _Style, number: int) -> None:
+    """A cross below the top edge, a row for each curve, wherever a seed diverged."""
+    lost = sorted({at for line in lines for at, value in zip(x, line, strict=True) if math.isnan(value)})
+    if lost:
+        axes.plot(
+            lost, [0.97 - 0.04 * number] * len(lost), "x", color=style.colour, label=f"{style.label}: diverged",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
 
 
 _FIT_POINTS = 60

@@ -1,0 +1,163 @@
+"""What each scale fixes for MSSP: the models at the base widths, the widths, and how they are trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from records.errors import UsageError
+from repro.data.corpus import RECORD_CLASSES, RECORD_INPUTS
+from repro.model import ModelConfig
+from repro.parameterization import Regime, Rule
+from repro.train import TrainConfig
+
+REGIMES: tuple[Regime, ...] = ("I", "II", "III")
+GROWS: dict[Regime, tuple[str, ...]] = {
+    "I": ("d_expert",),
+    "II": ("num_experts", "top_k"),
+    "III": ("d_expert", "num_experts", "top_k"),
+}
+CONTROLS: dict[Regime, tuple[Rule, ...]] = {"I": ("sp",), "II": ("tied", "sp"), "III": ("boosted",)}
+SGD_CONTROL: dict[Regime, Rule] = {"I": "sp", "II": "mup", "III": "sp"}  # at the first learning rate
+AT = (2, 5)  # steps after which coordinates are taken, beside the start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Learning rates for the transformer by width (`regime`) and by depth; `layers` empty: no depth."""
+
+    base: Mapping[Regime, ModelConfig]
+    widths: tuple[int, ...]
+    layers: tuple[int, ...]
+    rates: tuple[int, ...]  # as powers of two
+    train: TrainConfig
+    corpus: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a scale fixes; models are those at the base width of each regime."""
+
+    mlp: Mapping[Regime, ModelConfig]
+    widths: Mapping[Regime, tuple[int, ...]]
+    check: TrainConfig
+    sgd: TrainConfig
+    rates: tuple[int, ...]
+    text: Mapping[Regime, ModelConfig]
+    text_widths: tuple[int, ...]
+    text_check: TrainConfig
+    text_corpus: str
+    seeds: int
+    eval_tokens: int
+    sweep: Sweep | None = None
+
+
+def _mlp(width: int, *, d_expert: int, experts: int) -> ModelConfig:
+    return ModelConfig(
+        kind="mlp", vocab_size=RECORD_CLASSES, context=RECORD_INPUTS + 1, d_model=width, num_layers=1, num_heads=1,
+        d_expert=d_expert, num_experts=experts, top_k=experts // 2,
+    )  # fmt: skip
+
+
+def _text(width: int, *, d_expert: int, experts: int, head: int, layers: int = 2, context: int = 64) -> ModelConfig:
+    return ModelConfig(
+        d_model=width, num_layers=layers, num_heads=width // head, context=context, d_expert=d_expert,
+        num_experts=experts, top_k=experts // 2, qk_norm="head",
+    )  # fmt: skip
+
+
+def _pair(width: int, *, head: int, layers: int = 2, context: int = 64) -> dict[Regime, ModelConfig]:
+    """The paper's shapes: II with M = N/4 experts of width 16, III with M = N/32 of width N/2; K = M/2."""
+    return {
+        "II": _text(width, d_expert=16, experts=width // 4, head=head, layers=layers, context=context),
+        "III": _text(width, d_expert=width // 2, experts=width // 32, head=head, layers=layers, context=context),
+    }
+
+
+_MLP: dict[Regime, ModelConfig] = {
+    "I": _mlp(64, d_expert=32, experts=8),
+    "II": _mlp(64, d_expert=16, experts=16),
+    "III": _mlp(64, d_expert=32, experts=8),
+}
+_CHECK = TrainConfig(
+    steps=AT[-1], batch=128, context=RECORD_INPUTS + 1, lr=5e-3, schedule="constant", betas=(0.9, 0.999),
+    weight_decay=0.0, clip=0.0, balance=0.0,
+)  # fmt: skip
+_SGD = replace(_CHECK, steps=200, optimizer="sgd", hash_every=100, checkpoint_every=100)
+_SWEEP = TrainConfig(
+    steps=600, batch=64, context=256, lr=1.0, warmup=60, decay=0.2, betas=(0.9, 0.95), weight_decay=0.1, balance=0.0
+)
+
+_NANO = Setting(
+    mlp=_MLP,
+    widths={"I": (64, 128, 256, 512), "II": (64, 128, 256, 512), "III": (64, 128, 256)},
+    check=_CHECK,
+    sgd=_SGD,
+    rates=(-3, -2),
+    text=_pair(64, head=16),
+    text_widths=(64, 128, 256),
+    text_check=replace(_CHECK, batch=16, context=64),
+    text_corpus="stdlib",
+    seeds=3,
+    eval_tokens=2_048 * (RECORD_INPUTS + 1),
+)
+SETTINGS = {
+    "smoke": replace(
+        _NANO,
+        mlp={regime: replace(model, d_model=16, d_expert=8, num_experts=4, top_k=2) for regime, model in _MLP.items()},
+        widths=dict.fromkeys(REGIMES, (16, 32)),
+        check=replace(_CHECK, batch=16),
+        sgd=replace(_SGD, steps=4, batch=16),
+        rates=(-3,),
+        text={regime: _text(16, d_expert=8, experts=4, head=8, layers=1, context=16) for regime in ("II", "III")},
+        text_widths=(16, 32),
+        text_check=replace(_CHECK, batch=4, context=16),
+        text_corpus="synthetic",
+        seeds=2,
+        eval_tokens=32 * (RECORD_INPUTS + 1),
+    ),
+    "nano": _NANO,
+    "small": replace(
+        _NANO,
+        sweep=Sweep(
+            base=_pair(128, head=64, layers=4, context=256),
+            widths=(128, 256, 512, 1024),
+            layers=(4, 8, 16),
+            rates=(-10, -9, -8, -7, -6, -5),
+            train=_SWEEP,
+            corpus="stdlib",
+        ),
+    ),
+    "base": replace(
+        _NANO,
+        sweep=Sweep(
+            base=_pair(256, head=64, layers=8, context=1024),
+            widths=(256, 512, 1024),
+            layers=(4, 8, 16),
+            rates=(-10, -9, -8, -7, -6, -5),
+            train=replace(_SWEEP, steps=4_768, batch=512, context=1024, warmup=477, precision="bfloat16"),
+            corpus="installed",
+        ),
+    ),
+    "paper": replace(
+        _NANO,
+        seeds=4,
+        sweep=Sweep(
+            base=_pair(256, head=64, layers=8, context=1024),
+            widths=(256, 512, 1024, 2048),
+            layers=(4, 8, 16),
+            rates=(-11, -10, -9, -8, -7, -6, -5),
+            train=replace(_SWEEP, steps=4_768, batch=512, context=1024, warmup=477, precision="bfloat16"),
+            corpus="installed",
+        ),
+    ),
+}
+
+
+def grown(base: ModelConfig, regime: Regime, width: int) -> ModelConfig:
+    """The base model at another width, its other sizes as the regime says."""
+    if base.kind != "mlp" and width % base.head_width:
+        raise UsageError(
+            f"mssp: expected a width that is a multiple of the base's head size {base.head_width}, found {width}"
+        )
+    sizes = {name: getattr(base, name) * width // base.d_model for name in GROWS[regime]}
+    heads = 1 if base.kind == "mlp" else base.num_heads * width // base.d_model
+    return replace(base, d_model=width, num_heads=heads, **sizes)

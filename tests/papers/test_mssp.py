@@ -1,0 +1,112 @@
+"""MSSP's arms: sizes by regime, what a plan's claims need, base equality as data, and coordinates of trained models."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+import papers.mssp as mssp
+from papers.mssp.settings import SETTINGS, grown
+from records.errors import UsageError
+from repro.data import corpus
+from repro.data.batches import Batches
+from repro.environment import set_deterministic
+from repro.experiment import load_claims, segment_digest
+from repro.mlp import make_model
+from repro.parameterization import scales, sizes_of
+from repro.train import Mechanism, Parent, train_segment
+
+START = "11" * 32
+
+
+@pytest.fixture(scope="module")
+def arms():
+    return {arm.id: arm for arm in mssp.design("smoke").arms}
+
+
+def test_sizes_grow_as_the_regime_says():
+    base = SETTINGS["nano"].mlp
+    assert [sizes_of(grown(base[regime], regime, 256)) for regime in ("I", "II", "III")] == [
+        scales(
+            "mup", regime=regime, sizes=sizes_of(grown(base[regime], regime, 256)), base=sizes_of(base[regime])
+        ).sizes
+        for regime in ("I", "II", "III")
+    ]  # `scales` refuses sizes that do not
+    large = grown(base["III"], "III", 256)
+    assert (large.d_expert, large.num_experts, large.top_k) == (128, 32, 16)
+    wide = SETTINGS["small"].sweep.base["II"]
+    assert grown(wide, "II", 512).num_heads == 8
+    with pytest.raises(UsageError, match="multiple of the base's head size 64, found 200"):
+        grown(wide, "II", 200)
+
+
+@pytest.mark.parametrize("scale", ["nano", "small", "base", "paper"])
+def test_every_claim_finds_its_arms(scale):
+    design = mssp.design(scale)
+    names = {arm.id for arm in design.arms}
+    assert len(names) == len(design.arms)
+    for claim in load_claims("mssp").claim:
+        if scale in claim.scales:
+            assert claim.arms <= names, claim.id
+    for figure in design.figures:
+        assert figure.arms <= names
+    with pytest.raises(UsageError, match="not set up"):
+        mssp.design("tiny")
+
+
+def test_claims_cover_the_wrong_fixes_and_leave_sweeps_to_larger_scales():
+    claims = {claim.id: claim for claim in load_claims("mssp").claim}
+    assert [name for name, claim in claims.items() if "nano" not in claim.scales] == ["M4", "M6"]
+    assert claims["M4"].only_named == claims["M6"].only_named == ("nano",)
+    assert len(claims["M1-II"].passes) == len(claims["M1-II"].fails) == 9
+    assert {"check-tied-II-64", "check-sp-II-64"} < claims["M1-II"].arms
+    assert "check-boosted-III-64" in claims["M1-III"].arms
+
+
+def digest(arm):
+    return segment_digest(arm.segments[0], seed=0, corpus_sha256=START, parent=None)
+
+
+def test_at_the_base_factors_are_one_so_that_plans_show_equality(arms):
+    for regime in ("I", "II", "III"):
+        assert digest(arms[f"base-sp-{regime}"]) == digest(arms[f"base-mup-{regime}"])
+        same = digest(arms[f"base-mssp-{regime}"]) == digest(arms[f"base-mup-{regime}"])
+        assert same is (regime == "II")
+    assert digest(arms["base-mssp-II"]) != digest(arms["base-mssp-II-elsewhere"])
+
+
+def course(arm, folder: Path, seed=0):
+    """The arm trained and measured as a worker does."""
+    set_deterministic()
+    models = [make_model(arm.segments[0].model, seed)]
+    parent = None
+    text = corpus.load(arm.segments[0].corpus)
+    for number, segment in enumerate(arm.segments):
+        batches = Batches(data=text.train, batch=segment.train.batch, context=segment.train.context, seed=seed)
+        models.append(
+            train_segment(
+                segment, batches=batches, mechanism=Mechanism(), seed=seed, folder=folder / str(number), genesis=START,
+                parent=parent,
+            )
+        )  # fmt: skip
+        parent = Parent(folder=folder / str(number), model=segment.model, genesis=START)
+    found = dict(mssp.measure(models[-1], arm.measure, text.held_out))
+    return found | dict(mssp.measure_course(models, arm.measure, text.held_out))
+
+
+@pytest.mark.parametrize("name", ["check-mssp-II-16", "text-mssp-III-32"])
+def test_coordinates_of_a_trained_arm(arms, tmp_path, name):
+    found = course(arms[name], tmp_path)
+    assert all(math.isfinite(value) and value > 0 for value in found.values())
+    # the readout is zero at first: no gradient and no update before the first step
+    start = {metric for metric in found if metric.startswith("t0/")}
+    assert start == {"t0/init", "t0/router"}
+    for step in (2, 5):
+        assert {
+            f"t{step}/{term}" for term in ("init", "propagating", "effective", "router", "gradient", "backward")
+        } <= set(found)
+    assert found["t5/effective"] > found["t2/effective"]
+
+
+def test_sgd_and_base_arms_give_a_loss_alone(arms, tmp_path):
+    assert set(course(arms["sgd-mssp-I-16-lr-3"], tmp_path)) == {"loss"}
