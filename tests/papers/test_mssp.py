@@ -8,12 +8,15 @@ import pytest
 import papers.mssp as mssp
 from papers.mssp.settings import SETTINGS, grown
 from records.errors import UsageError
+from repro.cli import main
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
-from repro.experiment import load_claims, segment_digest
+from repro.experiment import Curve, Figure, load_claims, segment_digest
+from repro.judge import ArmEvidence
 from repro.mlp import make_model
 from repro.parameterization import scales, sizes_of
+from repro.report.figures import Courses, draw
 from repro.train import Mechanism, Parent, train_segment
 
 START = "11" * 32
@@ -110,3 +113,32 @@ def test_coordinates_of_a_trained_arm(arms, tmp_path, name):
 
 def test_sgd_and_base_arms_give_a_loss_alone(arms, tmp_path):
     assert set(course(arms["sgd-mssp-I-16-lr-3"], tmp_path)) == {"loss"}
+
+
+def test_a_diverged_cell_is_drawn_as_diverged():
+    complete = {
+        (arm, seed): ArmEvidence(status="complete", weights="", metrics={"loss": str(0.5 + 0.1 * number + 0.05 * seed)})
+        for number, arm in enumerate("abc")
+        for seed in (0, 1)
+    }
+    figure = Figure(
+        title="t", x_label="x", y_label="y", x=(0.125, 0.25, 0.5), log="x",
+        curves=(Curve(arm="mssp", arms=("a", "b", "c"), metrics=("loss",) * 3),),
+    )  # fmt: skip
+
+    def drawn(evidence):
+        return draw(figure, evidence, Courses(), seeds=(0, 1), chosen={}, labels={})
+
+    assert "mssp: diverged" not in drawn(complete)
+    lost = drawn(complete | {("c", 1): ArmEvidence(status="diverged", weights="", metrics={})})
+    assert "mssp: diverged" in lost
+    assert "mssp (2 seeds)" in lost  # the seed's other cells are kept
+
+
+def test_the_table_is_printed(capsys):
+    assert main(["claims", "mssp", "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "regime III, sgd" in printed
+    assert "tied" in printed
+    assert main(["claims", "emoe", "--table"]) == 2
+    assert "has no table" in capsys.readouterr().err
