@@ -3,12 +3,15 @@
 A smoke run is killed at a random moment, resumed, killed again, up to five times, and then left to finish; sometimes it is the
 run that is killed, sometimes it with its workers, sometimes a worker. What it leaves has to be bitwise that of a run that nobody
 disturbed: every trace and measure, every final weight, the outcome, and all that the judge was given but measured times.
+Each run is a command as a user types it; with --fork the runs are forked from one process that has everything loaded, without
+their report, which costs a few seconds less a kill.
 Prints a line of JSON a run, and one for all; exits with 1 where anything differed or was lost.
 """
 
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +32,7 @@ from repro.workflow.run import read_plan  # noqa: E402
 #: What is run: one segment an arm, and arms of several segments that grow and share what they have in common.
 RUNS = (("emoe", "A1"), ("emo", "E3"))
 KILLS_A_RUN = 5
+FORK = False
 
 
 def command(paper: str, claims: str, folder: Path, *more: str) -> list[str]:
@@ -48,7 +53,57 @@ def command(paper: str, claims: str, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "repro", *words, *more]
 
 
-def start(words: list[str]) -> subprocess.Popen[bytes]:
+class Forked:
+    """A run in a forked process, in a session of its own; looks like what `subprocess` gives."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the run)
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(self.errors.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(_execute(words))
+
+    def poll(self) -> int | None:
+        if self.returncode is None and os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.returncode = -1  # it ended, which is all that is asked
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout: float = 0) -> tuple[bytes, bytes]:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.errors.seek(0)
+        text = self.errors.read()
+        self.errors.close()
+        return b"", text
+
+
+def _execute(words: list[str]) -> int:
+    """`repro run` without its report, its workers forked, too."""
+    from repro.cli import main as repro_main
+    from repro.workflow import publish
+
+    def no_report(folder: Path) -> Path:
+        return folder / "report.html"
+
+    publish.write_report = no_report
+    get = multiprocessing.get_context
+    multiprocessing.get_all_start_methods = lambda: ["fork", "spawn"]  # type: ignore[method-assign]
+    multiprocessing.get_context = lambda _: get("fork")  # type: ignore[method-assign,assignment]
+    try:
+        return repro_main(words[3:])
+    finally:
+        sys.stderr.flush()
+
+
+def start(words: list[str]) -> Any:
+    if FORK:
+        return Forked(words)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -101,7 +156,7 @@ def moment(folder: Path) -> str:
     return "while training" if list(folder.glob("segments/*/trace.jsonl")) else "while starting"
 
 
-def kill(process: subprocess.Popen[bytes], how: str) -> None:
+def kill(process: Any, how: str) -> None:
     if how == "the run and its workers":
         os.killpg(process.pid, signal.SIGKILL)
     elif how == "the run":
@@ -146,7 +201,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--fork", action="store_true", help="fork the runs from one process that has everything loaded")
     arguments = parser.parse_args()
+    global FORK
+    FORK = arguments.fork
+    if FORK:
+        from repro.workflow import preload  # noqa: F401
     generator = random.Random(arguments.seed)
     wanted, seconds = {}, {}
     for paper, claims in RUNS:
