@@ -58,6 +58,7 @@ class Corpus:
     documents: int
     entropy: float | None = None
     vocab_size: int = 256
+    tokenizer_sha256: str | None = None
     bytes_per_token: float = 1.0
     characters: int | None = None
     ends: Ends | None = None
@@ -140,6 +141,7 @@ def _prepared(name: str, folder: str, tokens: str) -> Corpus:
         held_out=found.tokens["held_out"],
         documents=len(ends) + held_out["documents"],
         vocab_size=found.tokenizer.vocab_size,
+        tokenizer_sha256=found.tokenizer.sha256,
         bytes_per_token=held_out["bytes"] / held_out["tokens"],
         characters=held_out["characters"],
         ends=ends,

@@ -5,6 +5,7 @@
 - `estimate`: tokens, FLOPs, time and memory that the plan will take
 """
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -115,7 +116,7 @@ def make_plan(
     corpora = _corpora(arms, dry=dry)
     if all(digest != NOT_AT_HAND for digest in corpora.values()):
         _check_supply(arms)
-        _check_vocabulary(arms)
+        _check_vocabulary(arms, checkpoint)
     code = code_state()
     plan: dict[str, Any] = encode(
         {
@@ -175,16 +176,27 @@ def at_hand(plan: Mapping[str, Any]) -> bool:
     return NOT_AT_HAND not in (*plan["corpora"].values(), *checkpoints)
 
 
-def _check_vocabulary(arms: Sequence[Arm]) -> None:
-    for arm in arms:
-        for segment in arm.segments:
-            text = corpus.load(segment.corpus)
-            # a classifier reads any byte, and predicts classes alone
-            if segment.model.kind != "mlp" and text.vocab_size > segment.model.vocab_size:
-                raise UsageError(
-                    f"arm {arm.id}: expected a corpus of at most {segment.model.vocab_size} different tokens, found "
-                    f"{text.vocab_size} in {segment.corpus}"
-                )
+def _check_vocabulary(arms: Sequence[Arm], checkpoint: Path | None) -> None:
+    """Every corpus has no more tokens than its model, and those of the checkpoint's own tokenizer where it has one."""
+    from repro.pretrained import TOKENIZER
+
+    path = checkpoint / TOKENIZER if checkpoint else None
+    own = hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
+    segments = [segment for arm in arms for segment in arm.segments]
+    # a classifier reads any byte, and predicts classes alone
+    sizes = [256 if s.model.kind == "mlp" else s.model.vocab_size for s in segments]
+    uses = {(s.corpus, size, s.checkpoint is not None) for s, size in zip(segments, sizes, strict=True)}
+    for name, vocab_size, further in sorted(uses):
+        text = corpus.load(name)
+        if further and own and text.tokenizer_sha256 != own:
+            raise UsageError(
+                f"corpus {name}: expected tokens of the checkpoint's {TOKENIZER} ({own[:12]}…), found those of "
+                f"{(text.tokenizer_sha256 or 'bytes')[:12]}; prepare it with --tokenizer {checkpoint}"
+            )
+        if text.vocab_size > vocab_size:
+            raise UsageError(
+                f"corpus {name}: expected at most the model's {vocab_size} different tokens, found {text.vocab_size}"
+            )
 
 
 def _check_supply(arms: Sequence[Arm]) -> None:

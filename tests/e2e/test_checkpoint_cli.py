@@ -1,11 +1,21 @@
 """Post-training of a public checkpoint as typed: run, bundle, audit, and the wrong checkpoint or none."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 from command_line import repro
+
+from records.errors import UsageError
+from repro.data import corpus
+from repro.data.prepare import prepare
+from repro.data.sources import open_source
+from repro.data.tokens import Tokenizer, open_tokenizer, train_bpe
+from repro.pretrained import read
+from repro.workflow.plan import _check_vocabulary, paper_module
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +47,32 @@ def test_a_checkpoint_is_trained_further_and_audited(checkpoint: Path, tmp_path:
     assert done.stdout.startswith(b"environment, code and corpora are the plan's") and b"bitwise" in done.stdout
     done = repro("audit", bundle, "--seed", 1)
     assert (done.returncode, b"say where it lies with --checkpoint DIR" in done.stderr) == (4, True)
+
+
+def test_the_corpus_has_to_be_in_the_checkpoints_own_tokens(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """A design like `base`: its text is data:instructions, prepared with the checkpoint's tokenizer, or refused."""
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "data"))
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Question {n}: what follows {n}? Answer: {n + 1}." for n in range(200)))
+    source = open_source(str(text), split_on="\n\n")
+    (folder / "tokenizer.json").write_bytes(train_bpe(source.documents(), 258).data)
+    whole = paper_module("emoe").design("smoke", checkpoint=read(folder))
+    arms = [
+        replace(arm, segments=tuple(replace(s, corpus="data:instructions") for s in arm.segments)) for arm in whole.arms
+    ]
+    prepare(source, "instructions", tokenizer=Tokenizer())
+    with pytest.raises(
+        UsageError, match=r"expected tokens of the checkpoint's tokenizer\.json .* found those of bytes"
+    ):
+        _check_vocabulary(arms, folder)
+    shutil.rmtree(tmp_path / "data")
+    corpus.load.cache_clear()
+    tokenizer = open_tokenizer(str(folder))
+    assert isinstance(tokenizer, Tokenizer)
+    prepare(source, "instructions", tokenizer=tokenizer)
+    with pytest.raises(UsageError, match="at most the model's 256 different tokens, found 258"):
+        _check_vocabulary(arms, folder)
 
 
 def test_a_paper_that_starts_from_no_checkpoint(checkpoint: Path) -> None:
