@@ -11,7 +11,7 @@ there is no mechanism. Coordinates are measured on the model before, after 2 and
 Arms, by parameterization (`mup`, `mssp`, `sp`, and the two wrong fixes `tied` in II and `boosted` in III), regime and width:
 `check-*` (Adam, 5 steps, the classifier), `text-*` (the same, the transformer), `sgd-*` (the classifier for some 200 steps at a
 fixed base learning rate), `base-*` (all parameterizations at the base width), `sweep-*` (the transformer, by learning rate),
-`deep-*` (by depth, with CompleteP, or without: `plain`). See README.md for deviations.
+`deep-*` (by depth, with CompleteP, or without: `plain`). `x4` is four times the base width. See README.md for deviations.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from papers.mssp.figures import figures
-from papers.mssp.settings import AT, CONTROLS, REGIMES, SETTINGS, SGD_CONTROL, Setting, Sweep, grown
+from papers.mssp.settings import AT, CONTROLS, REGIMES, SETTINGS, SGD_CONTROL, Setting, Sweep, grown, times
 from records.errors import UsageError
 from repro.coordinates import Coordinates, coordinates
 from repro.data.batches import evaluation_windows
@@ -52,7 +52,7 @@ def design(scale: str) -> Design:
         for rule in ("mup", "mssp", *CONTROLS[regime]):
             models = {width: grown(setting.mlp[regime], regime, width) for width in setting.widths[regime]}
             arms += [
-                _check(f"check-{rule}-{regime}-{width}", setting, model, rule, regime)
+                _check(f"check-{rule}-{regime}-{times(setting.mlp[regime], width)}", setting, model, rule, regime)
                 for width, model in models.items()
             ]
         for width in setting.widths[regime]:
@@ -66,7 +66,9 @@ def design(scale: str) -> Design:
         for rule in rules:
             for width in setting.text_widths:
                 model = grown(setting.text[regime], regime, width)
-                arms.append(_check(f"text-{rule}-{regime}-{width}", setting, model, rule, regime))
+                arms.append(
+                    _check(f"text-{rule}-{regime}-{times(setting.text[regime], width)}", setting, model, rule, regime)
+                )
     if setting.sweep:
         arms += _sweep_arms(setting.sweep, setting)
     return Design(seeds=setting.seeds, arms=tuple(arms), figures=tuple(figures(setting)))
@@ -100,7 +102,12 @@ def _sgd(setting: Setting, regime: Regime, rule: Rule, width: int, rate: int) ->
     model = grown(setting.mlp[regime], regime, width)
     scaled = parameterize(model, rule, regime=regime, optimizer="sgd", base=setting.mlp[regime])
     segment = Segment(model=scaled, train=replace(setting.sgd, lr=2.0**rate), corpus="classification")
-    return _arm(f"sgd-{rule}-{regime}-{width}-lr{rate}", (segment,), setting, tokens=setting.eval_tokens)
+    return _arm(
+        f"sgd-{rule}-{regime}-{times(setting.mlp[regime], width)}-lr{rate}",
+        (segment,),
+        setting,
+        tokens=setting.eval_tokens,
+    )
 
 
 def _base(setting: Setting, regime: Regime, rule: Rule, anchor: int | None = None) -> Arm:
@@ -125,7 +132,7 @@ def _sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
             for width in sweep.widths:
                 model = parameterize(grown(base, regime, width), rule, regime=regime, base=base)
                 for rate in sweep.rates:
-                    yield arm(f"sweep-{rule}-{regime}-{width}-lr{rate}", model, rate)
+                    yield arm(f"sweep-{rule}-{regime}-{times(base, width)}-lr{rate}", model, rate)
     base = replace(sweep.base["III"], num_layers=sweep.layers[0])
     for layers in sweep.layers:
         model = replace(base, num_layers=layers)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from papers.mssp.settings import CONTROLS, REGIMES, SGD_CONTROL, Setting, Sweep
+from papers.mssp.settings import CONTROLS, REGIMES, SGD_CONTROL, Setting, Sweep, times
 from repro.experiment import Curve, Figure
+from repro.model import ModelConfig
 
 _TERMS = ("init", "propagating", "effective", "gradient", "backward")
 
@@ -17,7 +18,13 @@ def figures(setting: Setting) -> Iterator[Figure]:
                 x_label="width N",
                 y_label=f"RMS, {term}" if term != "backward" else "RMS(W₀ᵀδ) / RMS(ΔWᵀδ)",
                 x=tuple(map(float, widths)),
-                curves=_curves(f"check-{{}}-{regime}", ("mup", "mssp", *CONTROLS[regime]), widths, f"t2/{term}"),
+                curves=_curves(
+                    f"check-{{}}-{regime}",
+                    ("mup", "mssp", *CONTROLS[regime]),
+                    setting.mlp[regime],
+                    widths,
+                    f"t2/{term}",
+                ),
                 log="xy",
             )
         yield Figure(
@@ -28,7 +35,7 @@ def figures(setting: Setting) -> Iterator[Figure]:
             curves=tuple(
                 Curve(
                     arm=f"{rule}, learning rate 2^{rate}",
-                    arms=tuple(f"sgd-{rule}-{regime}-{width}-lr{rate}" for width in widths),
+                    arms=tuple(f"sgd-{rule}-{regime}-{times(setting.mlp[regime], width)}-lr{rate}" for width in widths),
                     metrics=("loss",) * len(widths),
                 )
                 for rule, rate in (*(("mssp", rate) for rate in setting.rates), (SGD_CONTROL[regime], setting.rates[0]))
@@ -42,23 +49,36 @@ def figures(setting: Setting) -> Iterator[Figure]:
                 x_label="width N",
                 y_label=f"RMS, {term}",
                 x=tuple(map(float, setting.text_widths)),
-                curves=_curves(f"text-{{}}-{regime}", ("mup", "mssp"), setting.text_widths, f"t2/{term}"),
+                curves=_curves(
+                    f"text-{{}}-{regime}", ("mup", "mssp"), setting.text[regime], setting.text_widths, f"t2/{term}"
+                ),
                 log="xy",
             )
     if setting.sweep:
         yield from _sweep_figures(setting.sweep)
 
 
-def _curves(stem: str, rules: Iterable[str], widths: Sequence[int], metric: str) -> tuple[Curve, ...]:
+def _curves(
+    stem: str, rules: Iterable[str], base: ModelConfig, widths: Sequence[int], metric: str
+) -> tuple[Curve, ...]:
     return tuple(
-        Curve(arm=rule, arms=tuple(f"{stem.format(rule)}-{width}" for width in widths), metrics=(metric,) * len(widths))
+        Curve(
+            arm=rule,
+            arms=tuple(f"{stem.format(rule)}-{times(base, width)}" for width in widths),
+            metrics=(metric,) * len(widths),
+        )
         for rule in rules
     )
 
 
 def _sweep_figures(sweep: Sweep) -> Iterator[Figure]:
-    kinds = [(f"sweep-{rule}-{regime}", sweep.widths) for regime in sweep.base for rule in ("mup", "mssp", "sp")]
-    for stem, sizes in (*kinds, ("deep-mssp", sweep.layers), ("deep-plain", sweep.layers)):
+    kinds = [
+        (f"sweep-{rule}-{regime}", [(times(base, width), width) for width in sweep.widths])
+        for regime, base in sweep.base.items()
+        for rule in ("mup", "mssp", "sp")
+    ]
+    depths = [(str(layers), layers) for layers in sweep.layers]
+    for stem, sizes in (*kinds, ("deep-mssp", depths), ("deep-plain", depths)):
         yield Figure(
             title=f"{stem}: held-out loss of the transformer against the learning rate",
             x_label="base learning rate",
@@ -67,10 +87,10 @@ def _sweep_figures(sweep: Sweep) -> Iterator[Figure]:
             curves=tuple(
                 Curve(
                     arm=f"{'layers' if stem.startswith('deep') else 'width'} {size}",
-                    arms=tuple(f"{stem}-{size}-lr{rate}" for rate in sweep.rates),
+                    arms=tuple(f"{stem}-{name}-lr{rate}" for rate in sweep.rates),
                     metrics=("loss",) * len(sweep.rates),
                 )
-                for size in sizes
+                for name, size in sizes
             ),
             log="x",
         )

@@ -102,13 +102,12 @@ _NANO = Setting(
 SETTINGS = {
     "smoke": replace(
         _NANO,
-        mlp={regime: replace(model, d_model=16, d_expert=8, num_experts=4, top_k=2) for regime, model in _MLP.items()},
-        widths=dict.fromkeys(REGIMES, (16, 32)),
+        mlp={regime: replace(model, d_model=8, d_expert=4, num_experts=4, top_k=2) for regime, model in _MLP.items()},
+        widths={"I": (8, 16, 32, 64), "II": (8, 16, 32, 64), "III": (8, 16, 32)},
         check=replace(_CHECK, batch=16),
         sgd=replace(_SGD, steps=4, batch=16),
-        rates=(-3,),
-        text={regime: _text(16, d_expert=8, experts=4, head=8, layers=1, context=16) for regime in ("II", "III")},
-        text_widths=(16, 32),
+        text={regime: _text(16, d_expert=8, experts=4, head=8, layers=1, context=16) for regime in _pair(64, head=16)},
+        text_widths=(16, 32, 64),
         text_check=replace(_CHECK, batch=4, context=16),
         text_corpus="synthetic",
         seeds=2,
@@ -161,3 +160,8 @@ def grown(base: ModelConfig, regime: Regime, width: int) -> ModelConfig:
     sizes = {name: getattr(base, name) * width // base.d_model for name in GROWS[regime]}
     heads = 1 if base.kind == "mlp" else base.num_heads * width // base.d_model
     return replace(base, d_model=width, num_heads=heads, **sizes)
+
+
+def times(base: ModelConfig, width: int) -> str:
+    """How an arm's name says its width: x4 for four times the base's, whatever that is at the scale."""
+    return f"x{width // base.d_model}"
