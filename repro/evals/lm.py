@@ -32,6 +32,8 @@ class ModelLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, k: int | None = None) -> None:
         super().__init__()
         config = model.config
+        if config.kind != "transformer":
+            raise UsageError(f"expected a language model, found a model of kind {config.kind}, which predicts no text")
         if k is not None and not 1 <= k <= config.num_experts:
             raise UsageError(f"k: expected 1 to {config.num_experts}, the model's number of experts, found {k}")
         if tokenizer.vocab_size > config.vocab_size:
