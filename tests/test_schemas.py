@@ -18,6 +18,7 @@ from records.package import MANIFEST, STATEMENT, check_manifest, read_bundle
 from records.replication import statement_faults
 from records.schema import FILE
 from records.statement import make_statement, open_envelope, sign_envelope
+from repro.workflow import signed
 from repro.workflow.bundle import verify
 from repro.workflow.plan import parse_plan
 from repro.workflow.schemas import schemas
@@ -252,3 +253,14 @@ def test_what_is_written_for_others_fits_as_a_whole_or_not(name: str) -> None:
         if at not in ("groups", "pith_number"):
             assert f"{at} 'out'" in refused
         assert any(what.startswith(f"{at} ") and not what.endswith("'out'") for what in refused)
+
+
+def test_a_signed_plan_and_one_that_deviates_from_it_fit() -> None:
+    plan = small_plan()
+    key = keys.private_key(bytes(32))
+    statement = open_envelope(signed.sign_plan(plan, key=key, signed_at="2026-11-22T00:00:00Z")).statement
+    assert fits("signed-plan", statement) == []
+    assert fits("signed-plan", statement | {"predicate": statement["predicate"] | {"more": 1}}) != []
+    here = {name: plan[name] for name in ("code", "corpora")} | {"environment": plan["environment"] | {"torch": "9.0"}}
+    assert fits("plan", signed.deviated(plan, here, "a reason")) == []
+    assert fits("plan", plan | {"deviates": {"why": "a reason"}}) != []

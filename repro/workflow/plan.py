@@ -242,7 +242,7 @@ class _ArmRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Deviation:
+class _Deviates:
     """From which signed plan a plan deviates, in what, and why."""
 
     plan_sha256: str
@@ -269,7 +269,7 @@ class _PlanRecord:
     environment: NumericEnvironment
     tolerance: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
-    deviates: _Deviation | None = None
+    deviates: _Deviates | None = None
 
 
 def parse_plan(data: bytes, *, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from records.number import FULL_NUMBER
 from records.package import MANIFEST_SCHEMA
 from records.statement import MAX_SIGNATURES, PAYLOAD_TYPE, STATEMENT_TYPE
 from repro.judge import INCONCLUSIVE, NOT_REPLICATED, NOT_TESTED, OUTCOME_SCHEMA, REPLICATED
-from repro.workflow import plan
+from repro.workflow import plan, signed
 
 Schema = dict[str, Any]
 
@@ -43,6 +43,7 @@ def schemas() -> dict[str, bytes]:
         "replication": _statement(_replication(), replication.PREDICATE_TYPE),
         "inclusion": _inclusion(),
         "audit": _statement(_audit(), audit.AUDIT_TYPE),
+        "signed-plan": _statement(_signed_plan(), signed.PLAN_TYPE),
         "verify": _verify(),
     }
     files = {f"{name}.json": _file(name, made) for name, made in made.items()}
@@ -308,6 +309,21 @@ def _inclusion() -> Schema:
             "piece": piece,
             "index": _ref("count"),
             "path": _list(_ref("sha256"), maxItems=inclusion._MAX_PATH),
+        }
+    )
+
+
+def _signed_plan() -> Schema:
+    return {
+        "version": "v1",
+        "title": "a plan that was signed before the run; what is under plan has a schema of its own",
+        "subject_name": {"const": "plan.json"},
+    } | _object(
+        {
+            "schema": {"const": signed.SIGNED_SCHEMA},
+            "plan": _ANY,
+            "key": _maybe(_ANY),
+            "signed_at": _ref("time"),
         }
     )
 
