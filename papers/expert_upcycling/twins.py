@@ -30,12 +30,15 @@ class Likeness:
 
 
 def grown_layers(model: Transformer) -> dict[str, tuple[MoE, Tensor]]:
-    """MoE layers with their lineages, of a model whose pool was grown from copies."""
+    """MoE layers with their lineages, of a model whose pool was grown by copying some of at least two experts.
+
+    With a single origin all experts are twins, and there are no strangers to compare them with.
+    """
     found = {}
     for name, lineage_E in model.lineages.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, MoE)
-        if bool((lineage_E >= 0).all()) and int(lineage_E.max()) + 1 < len(lineage_E):
+        if bool((lineage_E >= 0).all()) and 1 < int(lineage_E.max()) + 1 < len(lineage_E):
             found[name] = (layer, lineage_E)
     return found
 

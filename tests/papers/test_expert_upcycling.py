@@ -227,6 +227,9 @@ def test_probes_speak_of_twins_only_where_there_are_some():
     watch = upcycling.mechanism({})
     model = grown(growth=RANDOM)
     assert watch.probe(model, model(TOKENS)) == {}
+    model = Transformer(replace(SMALL, num_experts=8, top_k=2))  # copies of one expert: no pair of strangers
+    model.lineages = grow(Transformer(replace(SMALL, num_experts=1)), model, replace(UPCYCLING, router="random"))
+    assert watch.probe(model, model(TOKENS)) == {}
     model = grown()
     output = model(TOKENS)
     output.logits_BSV.sum().backward()
