@@ -319,7 +319,9 @@ def test_a_public_checkpoint_is_what_base_and_paper_train_further(scale):
     assert {claim.suite for claim in default} == {"post"}
 
 
-def test_base_can_be_planned_for_its_cost_without_checkpoint_and_text():
+def test_base_can_be_planned_for_its_cost_without_checkpoint_and_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path))
+    load.cache_clear()
     plan = make_plan("emoe", scale="base", dry=True)
     assert set(plan["corpora"].values()) == {NOT_AT_HAND}
     assert estimate(plan, workers=1).flops > 1e18
