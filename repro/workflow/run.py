@@ -348,7 +348,12 @@ class _Pool:
         place = (task.job.arm, task.job.seed, digest, task.stop)
         arguments = (self._plan, str(self._folder), *place, theirs, self._checkpoint)
         process = self._context.Process(target=worker.main, args=arguments, name=task.name, daemon=True)  # type: ignore[attr-defined]
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise UsageError(
+                f"{task.name}: the process that starts the others died (out of memory?); go on with --resume"
+            ) from error
         theirs.close()
         self._running[ours] = (process, task, time.monotonic())
         self._reporter.started(task.name, task.tokens)
