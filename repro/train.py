@@ -7,11 +7,10 @@
 - `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
   the measured times beside it, and the final weights
 
-A checkpoint is written to a temporary name, synced and renamed, and says how many lines of the trace it stands on: after a
-kill at any moment the next start cuts the trace there and computes the same lines, and weights, again.
+A checkpoint (`repro.checkpoint`) is whole or not there, and says how many lines of the trace it stands on: after a kill at
+any moment the next start cuts the trace there and computes the same lines, and weights, again.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -23,21 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from records.errors import InvalidError, UsageError
+from records.errors import UsageError
+from repro.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from repro.config import decimal_string
 from repro.data.batches import Batches, prefetch
+from repro.inherit import Parent, inherit
 from repro.mlp import make_model
 from repro.model import ModelConfig, ModelOutput, Transformer, Weight
 from repro.moe import MoE, NonFiniteError, RoutingRule, balance_loss
-from repro.moe.growth import Growth, grow, grow_state, utility
+from repro.moe.growth import Growth
 from repro.pretrained import expect
 from repro.pretrained import load as load_pretrained
 from repro.seeds import derive
-from repro.trace import TraceWriter, check_chain
+from repro.trace import TraceWriter
 
 if TYPE_CHECKING:  # brings torch's distributed parts, half a second that a process of its own has no use for
     from repro.cluster import Cluster
@@ -140,15 +139,6 @@ class Segment:
             raise ValueError("bias_rate: expected a model with a selection bias")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parent:
-    """The finished segment before: its folder, its model's config, and where its trace's chain starts."""
-
-    folder: Path
-    model: ModelConfig
-    genesis: str
-
-
 class Mechanism:
     """What a paper adds to training; this one adds nothing: top-k as the model's config says."""
 
@@ -185,20 +175,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     decay_steps = round(config.decay * config.steps)
     left = config.steps - step
     return config.lr if left >= decay_steps else floor + (config.lr - floor) * left / decay_steps
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter and buffer: name, dtype, shape and little-endian bytes, in the order of names."""
-    return _digest(model.state_dict())
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -259,13 +235,14 @@ def train_segment(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
-            start, lines, _ = _load(checkpoint, model, optimizer, genesis=genesis)
+            start, lines, _ = load_checkpoint(checkpoint, model, optimizer, genesis=genesis)
         elif segment.checkpoint:
             load_pretrained(expect(segment.checkpoint, checkpoint_folder), model)
         elif segment.inherit != "nothing":
             if parent is None:
                 raise UsageError(f"a segment that inherits {segment.inherit} needs one before it")
-            _inherit(segment, model, optimizer, parent, batches, seed)
+            carried = optimizer if segment.inherit == "all" else None
+            inherit(parent, model, carried, segment.growth, batches=batches, first_step=config.first_step, seed=seed)
         run: torch.nn.Module = model
         if cluster:
             _check_spread(mechanism, cluster)
@@ -285,10 +262,10 @@ def train_segment(
             )  # fmt: skip
             outcome = "end" if reached == config.steps else "diverged"
             where = {"layer": layer} if layer else {}
-            state = _whole(model.state_dict(), cluster)
-            trace.append({"type": outcome, "steps": reached, **where, "weights": _digest(state)})
+            trace.append({"type": outcome, "steps": reached, **where, "weights": weights_digest(model, cluster)})
             trace.sync()
-        _save(folder / "final.safetensors", model, optimizer, cluster, step=reached, lines=trace.count, genesis=genesis)
+        final = folder / "final.safetensors"
+        save_checkpoint(final, model, optimizer, cluster, step=reached, lines=trace.count, genesis=genesis)
         if leads:
             checkpoint.unlink(missing_ok=True)
     except OSError as error:
@@ -356,48 +333,6 @@ def _balance_biases(model: Transformer, output: ModelOutput, rate: float, cluste
         layer.bias_E += rate * torch.sign(load_E.mean() - load_E)
 
 
-def _inherit(
-    segment: Segment, model: Transformer, optimizer: torch.optim.Optimizer, parent: Parent, batches: Batches, seed: int
-) -> None:
-    """Puts the parent's weights, and optimizer state if asked for, into `model`, growing its expert pool on the way."""
-    if segment.growth is None:
-        _load_finished(parent.folder, model, optimizer if segment.inherit == "all" else None, genesis=parent.genesis)
-        return
-    old = make_model(parent.model).to(next(model.parameters()).device)
-    tensors, _ = _load_finished(parent.folder, old, None, genesis=parent.genesis)
-    scores = _utilities(old, segment, batches) if segment.growth.allocation == "utility" else None
-    generator = torch.Generator().manual_seed(derive(seed, "growth"))
-    model.lineages = lineages = grow(old, model, segment.growth, scores=scores, generator=generator)
-    if segment.inherit == "all" and segment.train.optimizer == "adamw":
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            optimizer.state[parameter] = {
-                key: grow_state(name, tensors[f"optimizer.{key}.{name}"], lineages).to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-
-
-_UTILITY_BATCHES = 10  # arXiv 2604.19835: gradients are averaged over 10 batches at the transition
-
-
-def _utilities(old: Transformer, segment: Segment, batches: Batches) -> dict[str, Tensor]:
-    """Utility of every expert by layer name, on the first batches of the segment."""
-    assert segment.growth
-    layers = {name: module for name, module in old.named_modules() if isinstance(module, MoE)}
-    gradients: dict[str, list[dict[str, Tensor]]] = {name: [] for name in layers}
-    for step in range(_UTILITY_BATCHES):
-        tokens_BS, targets_BS = batches.at(segment.train.first_step + step)
-        logits_BSV = old(tokens_BS.to(next(old.parameters()).device)).logits_BSV
-        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.to(logits_BSV.device).flatten())
-        old.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name, layer in layers.items():
-            pair = {"w_up_EDF": layer.w_up_EDF.grad, "w_down_EFD": layer.w_down_EFD.grad}
-            gradients[name].append({leaf: grad.cpu() for leaf, grad in pair.items() if grad is not None})
-    return {name: utility(layer, gradients[name], segment.growth.score) for name, layer in layers.items()}
-
-
 def _steps(
     segment: Segment,
     model: Transformer,
@@ -462,7 +397,7 @@ def _steps(
             "grad_norm": decimal_string(grad_norm),
         }
         if done % config.hash_every == 0 and done < config.steps:
-            entry["weights"] = _digest(_whole(model.state_dict(), cluster))
+            entry["weights"] = weights_digest(model, cluster)
         trace.append(entry)
         now = _clocks(device)
         timing.write(json.dumps({"step": done} | {name: round(now[name] - clock[name], 6) for name in now}) + "\n")
@@ -470,7 +405,7 @@ def _steps(
         if done % config.checkpoint_every == 0 and done < config.steps:
             trace.sync()
             timing.flush()
-            _save(checkpoint, model, optimizer, cluster, step=done, lines=trace.count, genesis=genesis)
+            save_checkpoint(checkpoint, model, optimizer, cluster, step=done, lines=trace.count, genesis=genesis)
         if progress:
             progress(done, done * tokens_a_step)
     return config.steps, None
@@ -513,14 +448,6 @@ def _probe(
     )
 
 
-def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"optimizer.{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 class _Silent:
     """The trace of a process that does not write."""
 
@@ -547,98 +474,3 @@ def _check_spread(mechanism: Mechanism, cluster: "Cluster") -> None:
                 f"--parallel {cluster.layout.parallel}: this arm's mechanism ({name}) needs the whole model in each process; "
                 "use --parallel ddp"
             )
-
-
-def _whole(tensors: Mapping[str, Tensor], cluster: "Cluster | None") -> Mapping[str, Tensor]:
-    return cluster.gather(tensors) if cluster else tensors
-
-
-def _save(
-    path: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    cluster: "Cluster | None",
-    *,
-    step: int,
-    lines: int,
-    genesis: str,
-) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors = dict(_whole(tensors | _optimizer_tensors(model, optimizer), cluster))
-    tensors |= {f"lineage.{name}": lineage_E for name, lineage_E in model.lineages.items()}
-    if cluster and not cluster.leads:
-        return
-    temporary = path.with_suffix(".tmp")
-    # one entry: safetensors writes several in an order that changes from process to process
-    metadata = {"repro": json.dumps({"genesis": genesis, "lines": lines, "step": step})}
-    try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:  # the library's own name for an OSError
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error}; free space and go on with --resume") from error
-
-
-def _load(
-    path: Path, model: Transformer, optimizer: torch.optim.Optimizer | None, *, genesis: str
-) -> tuple[int, int, dict[str, Tensor]]:
-    """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on, all its tensors)."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {}).get("repro", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, ValueError) as error:
-        raise InvalidError(
-            f"{path}: expected a safetensors checkpoint, found {error}; delete it to start the segment again"
-        ) from error
-    if metadata.get("genesis") != genesis:
-        raise InvalidError(f"{path}: the checkpoint belongs to another plan or segment; choose another --out")
-    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in sorted(shapes.keys() | state.keys()):
-        found = tuple(state[name].shape) if name in state else None
-        if shapes.get(name) != found:
-            raise InvalidError(
-                f"{path}: the checkpoint is of another model: expected {name} of shape {shapes.get(name)}, found {found}; "
-                "choose another --out"
-            )
-    model.load_state_dict(state)
-    model.lineages = {n.removeprefix("lineage."): value for n, value in tensors.items() if n.startswith("lineage.")}
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            state = {
-                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in tensors
-            }
-            if state:
-                optimizer.state[parameter] = state
-    return metadata["step"], metadata["lines"], tensors
-
-
-def load_final(segment: Segment, folder: Path, *, genesis: str, device: str = "cpu") -> tuple[Transformer, str]:
-    """Trained model of a finished segment and the trace's last chain value.
-
-    Raises:
-        InvalidError: the folder's trace or weights are not those of this segment.
-    """
-    model = make_model(segment.model)
-    _, head = _load_finished(folder, model, None, genesis=genesis)
-    return model.to(device), head
-
-
-def _load_finished(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer | None, *, genesis: str
-) -> tuple[dict[str, Tensor], str]:
-    """Puts a finished segment's weights into `model`, and its optimizer state into `optimizer` if given.
-
-    Returns all tensors of its file, and the last chain value of its trace, which starts from `genesis` and names the weights.
-    """
-    path = folder / "trace.jsonl"
-    entries, head = check_chain(path.read_bytes(), genesis, name=str(path))
-    tensors = _load(folder / "final.safetensors", model, optimizer, genesis=genesis)[2]
-    if not entries or entries[-1].get("weights") != weights_digest(model):
-        raise InvalidError(f"{folder / 'final.safetensors'}: the weights are not those that the trace ends with")
-    return tensors, head

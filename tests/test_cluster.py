@@ -19,9 +19,10 @@ from torch import Tensor
 from records.errors import UsageError
 from repro.cluster import PARALLEL, Cluster, Layout, layout
 from repro.data.batches import Batches
+from repro.inherit import Parent
 from repro.model import ModelConfig
 from repro.moe.growth import Growth
-from repro.train import Mechanism, Parent, Segment, TrainConfig, train_segment
+from repro.train import Mechanism, Segment, TrainConfig, train_segment
 
 SIZE = 2
 FIRST = Segment(

@@ -14,22 +14,21 @@ import pytest
 import torch
 
 from records.errors import InvalidError, UsageError
+from repro.checkpoint import load_final, weights_digest
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
+from repro.inherit import Parent
 from repro.model import ModelConfig, Transformer
 from repro.moe.growth import Growth
 from repro.trace import check_chain, genesis
 from repro.train import (
     Mechanism,
-    Parent,
     Segment,
     TrainConfig,
     learning_rate,
-    load_final,
     make_optimizer,
     train_segment,
-    weights_digest,
 )
 
 START = genesis("11" * 32, "22" * 32)
@@ -171,12 +170,12 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
 def test_weights_that_are_not_the_traces_are_refused(tmp_path):
     train(tmp_path / "a")
     train(tmp_path / "b", seed=1)
-    model, head = load_final(SEGMENT, tmp_path / "a", genesis=START)
+    model, head = load_final(SEGMENT.model, tmp_path / "a", genesis=START)
     assert head == check_chain((tmp_path / "a/trace.jsonl").read_bytes(), START)[1]
     assert weights_digest(model) == trace(tmp_path / "a")[-1]["weights"]
     (tmp_path / "b/final.safetensors").replace(tmp_path / "a/final.safetensors")
     with pytest.raises(InvalidError, match="not those that the trace ends with"):
-        load_final(SEGMENT, tmp_path / "a", genesis=START)
+        load_final(SEGMENT.model, tmp_path / "a", genesis=START)
 
 
 class _Look(Mechanism):
@@ -262,7 +261,7 @@ def test_an_inheriting_segment_goes_on_from_the_one_before(tmp_path):
         model = train(
             tmp_path / inherit, segment, parent=Parent(folder=tmp_path / "first", model=SEGMENT.model, genesis=START)
         )
-        first = load_final(SEGMENT, tmp_path / "first", genesis=START)[0]
+        first = load_final(SEGMENT.model, tmp_path / "first", genesis=START)[0]
         assert (weights_digest(model) == weights_digest(first)) is same
     with pytest.raises(UsageError, match="needs one before it"):
         train(tmp_path / "orphan", replace(SEGMENT, inherit="weights"))
@@ -372,14 +371,14 @@ def test_a_grown_model_knows_where_its_experts_come_from_also_when_loaded(tmp_pa
     train(tmp_path / "source", SOURCE)
     parent = Parent(folder=tmp_path / "source", model=SOURCE.model, genesis=START)
     train(tmp_path / "grown", GROWN, parent=parent)
-    loaded = load_final(GROWN, tmp_path / "grown", genesis=START)[0]
+    loaded = load_final(GROWN.model, tmp_path / "grown", genesis=START)[0]
     assert {name: lineage_E.tolist() for name, lineage_E in loaded.lineages.items()} == {
         "blocks.0.ffn": [0, 1, 2, 3, 0, 1, 2, 3]
     }
     after = replace(SOURCE, model=GROWN.model, inherit="all", train=replace(SOURCE.train, first_step=60))
     again = train(tmp_path / "after", after, parent=Parent(folder=tmp_path / "grown", model=GROWN.model, genesis=START))
     assert again.lineages.keys() == loaded.lineages.keys()
-    assert load_final(SOURCE, tmp_path / "source", genesis=START)[0].lineages == {}
+    assert load_final(SOURCE.model, tmp_path / "source", genesis=START)[0].lineages == {}
 
 
 class _Still(Mechanism):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from records.errors import UsageError
 from repro import pretrained
+from repro.checkpoint import load_final, weights_digest
 from repro.config import decode
 from repro.data.prepare import read
 from repro.data.tokens import Subwords, Tokenizer, open_tokenizer
 from repro.model import Transformer
 from repro.trace import genesis
-from repro.train import Segment, load_final, weights_digest
+from repro.train import Segment
 from repro.workflow.plan import jobs, plan_digest
 from repro.workflow.run import read_plan
 
@@ -51,7 +52,7 @@ def open_subject(path: Path, *, device: str) -> Subject:
         raise UsageError(f"{folder}: no segment of the plan in {run}")
     segment = decode(Segment, found.config)
     start = genesis(plan_digest(plan), found.digest)
-    model, _ = load_final(segment, folder, genesis=start, device=device)
+    model, _ = load_final(segment.model, folder, genesis=start, device=device)
     kind, _, name = segment.corpus.partition(":")
     tokenizer = read(name.partition("@")[0]).tokenizer if kind == "data" else Tokenizer()
     identity = {"weights": weights_digest(model), "plan_sha256": plan_digest(plan), "segment": found.digest}

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from records.errors import InternalError, InvalidError, ReproError, UsageError
+from repro.checkpoint import load_final
 from repro.config import decimal_string, decode
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
+from repro.inherit import Parent
 from repro.mlp import make_model
 from repro.model import ModelConfig, Transformer
 from repro.trace import TraceWriter, check_chain, genesis
-from repro.train import Parent, Segment, load_final, train_segment
+from repro.train import Segment, train_segment
 from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_digest
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
     entries, _ = check_chain(trace_path.read_bytes(), start, name=str(trace_path))
     if entries and entries[-1].get("type") == "diverged":
         return  # nothing to measure: the segment's own trace says that the arm diverged
-    model, head = load_final(segment, folder / work.folder, genesis=start, device=_torch_device(plan))
+    model, head = load_final(segment.model, folder / work.folder, genesis=start, device=_torch_device(plan))
     path = folder / job.file
     temporary = path.with_suffix(".tmp")
     held_out = _corpus(plan, segment.corpus).held_out
@@ -201,7 +203,7 @@ def _course(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> list[Transfor
     models = [make_model(start.model, job.seed + start.reseed).to(_torch_device(plan))]
     for work in job.segments:
         segment, begin = decode(Segment, work.config), genesis(plan_digest(plan), work.digest)
-        models.append(load_final(segment, folder / work.folder, genesis=begin, device=_torch_device(plan))[0])
+        models.append(load_final(segment.model, folder / work.folder, genesis=begin, device=_torch_device(plan))[0])
     return models
 
 

@@ -14,10 +14,11 @@ from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.experiment import load_claims
+from repro.inherit import Parent
 from repro.model import Transformer, accounting
 from repro.moe import TopK
 from repro.trace import check_chain, genesis
-from repro.train import Parent, make_optimizer, train_segment, training_step
+from repro.train import make_optimizer, train_segment, training_step
 from repro.workflow.plan import at_hand, estimate, jobs, make_plan
 
 STAGES = (8, 16, 32, 64, 128)

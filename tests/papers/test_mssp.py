@@ -13,11 +13,12 @@ from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.experiment import Curve, Figure, load_claims, segment_digest
+from repro.inherit import Parent
 from repro.judge import ArmEvidence
 from repro.mlp import make_model
 from repro.parameterization import scales, sizes_of
 from repro.report.figures import Courses, draw
-from repro.train import Mechanism, Parent, train_segment
+from repro.train import Mechanism, train_segment
 
 START = "11" * 32
 
