@@ -6,7 +6,8 @@ faster or slower by a factor that is the same for every arm.
 
 from dataclasses import dataclass
 
-from repro.model import ModelConfig, accounting
+from repro.accounting import accounting
+from repro.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from records.errors import UsageError
-from repro.model import KeyValueCache, ModelConfig, ModelOutput, Transformer
-from repro.moe import MoE, Routing, RoutingRule
+from repro.model import KeyValueCache, ModelConfig, ModelOutput, Transformer, make_moe
+from repro.moe import Routing, RoutingRule
 
 _BYTE_STD = ((256**2 - 1) / 12) ** 0.5  # of 0 … 255, all equally likely
 
@@ -30,18 +30,7 @@ class Mlp(Transformer):
         self.config = config
         self.lineages: dict[str, Tensor] = {}
         self.w_in_ID = nn.Parameter(torch.empty(config.context - 1, config.d_model))
-        self.ffn = MoE(
-            d_model=config.d_model,
-            d_expert=config.d_expert,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            score=config.score,
-            renormalize=config.renormalize,
-            gate_scale=config.gate_scale,
-            selection_bias=config.selection_bias,
-            backend=config.backend,
-        )
-        self.ffn.name = "ffn"
+        self.ffn = make_moe(config, "ffn")
         self.ffn.w_up_EDF = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_expert))
         self.ffn.experts = gelu_experts
         self.unembedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))

@@ -7,7 +7,6 @@
 - untied or tied embeddings, no biases, no dropout
 - `init_weights` draws each parameter, and each expert, from a stream of its own
 - `Weight`: how one kind of weight departs from the defaults of initialisation and optimizer
-- `accounting` counts parameters and FLOPs from the config alone
 """
 
 import hashlib
@@ -153,6 +152,10 @@ class ModelConfig:
         """Whether the feed-forward of block `layer` is dense."""
         return not self.num_experts or layer < self.dense_layers or layer in self.dense_blocks
 
+    def dense_width(self, layer: int) -> int:
+        """Width of the feed-forward of block `layer`, which is dense."""
+        return self.d_dense if layer < self.dense_layers or layer in self.dense_blocks else self.d_expert
+
     @property
     def head_width(self) -> int:
         """Width of an attention head."""
@@ -294,6 +297,24 @@ class Attention(nn.Module):
         return y.view_as(z_BSD)
 
 
+def make_moe(config: ModelConfig, name: str) -> MoE:
+    """The MoE layer of a config; its errors name it `name`."""
+    layer = MoE(
+        d_model=config.d_model,
+        d_expert=config.d_expert,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        score=config.score,
+        renormalize=config.renormalize,
+        gate_scale=config.gate_scale,
+        selection_bias=config.selection_bias,
+        d_shared=config.d_shared,
+        backend=config.backend,
+    )
+    layer.name = name
+    return layer
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
@@ -305,21 +326,9 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         self.ffn: MoE | SwiGLU
         if config.is_dense(layer):
-            self.ffn = SwiGLU(config.d_model, _dense_width(config, layer))
+            self.ffn = SwiGLU(config.d_model, config.dense_width(layer))
         else:
-            self.ffn = MoE(
-                d_model=config.d_model,
-                d_expert=config.d_expert,
-                num_experts=config.num_experts,
-                top_k=config.top_k,
-                score=config.score,
-                renormalize=config.renormalize,
-                gate_scale=config.gate_scale,
-                selection_bias=config.selection_bias,
-                d_shared=config.d_shared,
-                backend=config.backend,
-            )
-            self.ffn.name = f"blocks.{layer}.ffn"
+            self.ffn = make_moe(config, f"blocks.{layer}.ffn")
 
     def forward(
         self, x_BSD: Tensor, turn_SC: Tensor, rule: RoutingRule | None, place: _Place | None = None
@@ -451,13 +460,9 @@ def _default_std(name: str, config: ModelConfig) -> float | None:
     if leaf == "w_down_EFD":
         return float(config.d_expert**-0.5 * residual)
     if leaf == "w_down_FD":
-        width = config.d_shared if ".shared." in name else _dense_width(config, int(name.split(".")[1]))
+        width = config.d_shared if ".shared." in name else config.dense_width(int(name.split(".")[1]))
         return float(width**-0.5 * residual)
     raise AssertionError(f"no initial std for {name}")
-
-
-def _dense_width(config: ModelConfig, layer: int) -> int:
-    return config.d_dense if layer < config.dense_layers or layer in config.dense_blocks else config.d_expert
 
 
 def _draw(shape: torch.Size, std: float, stream: str) -> Tensor:
@@ -477,72 +482,3 @@ def rotate(x_BSD: Tensor, turn_SC: Tensor) -> Tensor:
     reals = torch.float64 if turn_SC.dtype == torch.complex128 else torch.float32
     pairs_BSC = torch.view_as_complex(x_BSD.to(reals).view(*x_BSD.shape[:-1], -1, 2))
     return torch.view_as_real(pairs_BSC * turn_SC).flatten(-2).to(x_BSD.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Accounting:
-    """Parameters and FLOPs of a config; the non-vocabulary counts leave out embedding and readout.
-
-    flops_forward   2·(active non-vocabulary parameters + V·D) + attention, per token
-    flops_training  3 · flops_forward: the backward pass does each GEMM twice
-    """
-
-    total: int
-    active: int
-    total_non_vocab: int
-    active_non_vocab: int
-    flops_forward: int
-    flops_training: int
-
-
-def accounting(config: ModelConfig) -> Accounting:
-    """Count parameters and FLOPs/token from the config alone.
-
-    A GEMM costs 2 FLOPs a weight a token forward and twice that backward (arXiv 2001.08361, section 2.1), hence
-    6·N_active for training. Attention's QKᵀ and AV cost 4·D·S a token and layer forward, 12·D·S·L for training (D being the
-    width of all query heads), as if each position saw all S = `context` positions: the convention of arXiv 2204.02311,
-    appendix B, and of arXiv 2506.12119 (M = 6·N_a + 12·D·S·L), to whose form the readout's GEMM (6·V·D) is added here.
-    Norms, rotary positions and activations are left out.
-    """
-    D, L = config.d_model, config.num_layers
-    if config.kind == "mlp":
-        return _accounting_mlp(config)
-    q_width, kv_width = config.num_heads * config.head_width, config.kv_heads * config.head_width
-    norms = (2 * L + 1) * D
-    norms += L * {"none": 0, "head": 2 * config.head_width, "width": q_width + kv_width}[config.qk_norm]
-    attention = 2 * D * (q_width + kv_width) * L
-    dense = 3 * D * sum(_dense_width(config, layer) for layer in range(L) if config.is_dense(layer))
-    moe_layers = config.moe_layers
-    router = config.num_experts * D * moe_layers
-    shared = 3 * D * config.d_shared * moe_layers
-    expert = 3 * D * config.d_expert * moe_layers
-    always = attention + dense + router + shared
-    vocab = config.vocab_size * D * (1 if config.tie_embeddings else 2)
-    matrices_active = always + config.top_k * expert
-    total_non_vocab = always + config.num_experts * expert + norms
-    forward = 2 * (matrices_active + config.vocab_size * D) + 4 * q_width * config.context * L
-    return Accounting(
-        total=total_non_vocab + vocab,
-        active=matrices_active + norms + vocab,
-        total_non_vocab=total_non_vocab,
-        active_non_vocab=matrices_active + norms,
-        flops_forward=forward,
-        flops_training=3 * forward,
-    )
-
-
-def _accounting_mlp(config: ModelConfig) -> Accounting:
-    """That of a model of kind mlp: a record's FLOPs are spread over its tokens, rounded up."""
-    D = config.d_model
-    always = (config.context - 1) * D + config.num_experts * D
-    expert, vocab = 2 * D * config.d_expert, config.vocab_size * D
-    active = always + config.top_k * expert
-    forward = -(-2 * (active + vocab) // config.context)
-    return Accounting(
-        total=always + config.num_experts * expert + vocab,
-        active=active + vocab,
-        total_non_vocab=always + config.num_experts * expert,
-        active_non_vocab=active,
-        flops_forward=forward,
-        flops_training=3 * forward,
-    )

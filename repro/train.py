@@ -30,7 +30,7 @@ from repro.config import decimal_string
 from repro.data.batches import Batches, prefetch
 from repro.inherit import Parent, inherit
 from repro.mlp import make_model
-from repro.model import ModelConfig, ModelOutput, Transformer, Weight
+from repro.model import ModelConfig, ModelOutput, Transformer
 from repro.moe import MoE, NonFiniteError, RoutingRule, balance_loss
 from repro.moe.growth import Growth
 from repro.pretrained import expect
@@ -177,7 +177,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr if left >= decay_steps else floor + (config.lr - floor) * left / decay_steps
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (or SGD) with decay on matrices only, as is the custom: gains and biases are left alone.
 
     Where the model's config gives factors for its weights, the groups hold them; `lr_scale` is that of the learning rate.
@@ -185,7 +185,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
     found: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            weight = model.config.weight(name) if isinstance(model, Transformer) else Weight(name=name)
+            weight = model.config.weight(name)
             decay = config.weight_decay * weight.decay if parameter.ndim >= 2 else 0.0
             found.setdefault((weight.lr, config.eps * weight.eps, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [

@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from records.errors import UsageError
-from repro.model import KeyValueCache, ModelConfig, Transformer, accounting, rotate, rotations
+from repro.accounting import accounting
+from repro.model import KeyValueCache, ModelConfig, Transformer, rotate, rotations
 from repro.moe import MoE, RouterOutput, RoutingError, TopK
 
 SMALL = ModelConfig(

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.coordinates import coordinates
 from repro.data import corpus
 from repro.data.batches import Batches, evaluation_windows
 from repro.mlp import Mlp, make_model
-from repro.model import ModelConfig, Transformer, accounting
+from repro.model import ModelConfig, Transformer
 from repro.moe import MoE
 from repro.parameterization import ROLES, Power, Sizes, parameterize, scales, table, text
 from repro.train import Mechanism, TrainConfig, make_optimizer, training_step

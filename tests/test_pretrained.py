@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from records.errors import InvalidError, MalformedError, UsageError
 from repro import pretrained
-from repro.model import Transformer, accounting
+from repro.accounting import accounting
+from repro.model import Transformer
 from repro.moe import TopK
 
 SHAPE = {

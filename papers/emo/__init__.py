@@ -32,11 +32,12 @@ from torch import Tensor
 from papers.emo import law
 from papers.emo.scales import SETTINGS, Setting
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
 from repro.experiment import Arm, Curve, Design, Figure
-from repro.model import ModelOutput, Transformer, accounting
+from repro.model import ModelOutput, Transformer
 from repro.moe import MoE, RouterOutput, RoutingRule, TopK, balance_loss
 from repro.moe.growth import Growth
 from repro.train import Mechanism, Segment

@@ -24,8 +24,9 @@ from typing import Any
 from papers.emoe.inference import measure
 from papers.emoe.sampling import CoActivation, ElasticTraining, RandomK, hierarchical_router_loss, mechanism
 from papers.emoe.scales import LAMBDAS, SETTINGS, Scratch, Setting
+from repro.accounting import accounting
 from repro.experiment import Arm, Curve, Design, Figure, Group
-from repro.model import ModelConfig, accounting
+from repro.model import ModelConfig
 from repro.pretrained import Pretrained
 from repro.train import Segment, TrainConfig
 

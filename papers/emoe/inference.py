@@ -17,10 +17,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from repro.accounting import accounting
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
-from repro.model import Transformer, accounting
+from repro.model import Transformer
 from repro.moe import RoutingRule, TopK
 from repro.moe.routing import stable_top_k
 from repro.seeds import derive

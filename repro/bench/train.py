@@ -4,7 +4,7 @@
 - for each number of experts at fixed k: the step's time against that of the fewest experts, side by side, and what it is
   made of: data, forward and backward (the experts' GEMMs alone beside it), optimizer
 
-Model FLOPs are those of `repro.model.accounting`; utilisation is their rate over the rate of one large square GEMM in the
+Model FLOPs are those of `repro.accounting`; utilisation is their rate over the rate of one large square GEMM in the
 same precision, measured in the same run. Ratios are taken within a round, whose order alternates, and given as the median
 with the quartiles over rounds.
 """
@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.data.batches import Batches
 from repro.data.corpus import load
 from repro.environment import set_deterministic
-from repro.model import ModelConfig, ModelOutput, Transformer, accounting
+from repro.model import ModelConfig, ModelOutput, Transformer
 from repro.train import Mechanism, TrainConfig, make_optimizer, training_step
 
 _NANO = ModelConfig(d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128)

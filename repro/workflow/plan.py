@@ -483,8 +483,9 @@ def estimate(
 
     The rate is that of the scale's hardware; `device` asks about another, cpu or cuda, than the plan's own.
     """
+    from repro.accounting import accounting
     from repro.cost import TASK_SECONDS, measure_seconds, peak_memory, step_seconds
-    from repro.model import ModelConfig, accounting
+    from repro.model import ModelConfig
 
     arms = jobs(plan) if wanted is None else wanted
     unique = stops(arms, drawn)

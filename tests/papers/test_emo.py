@@ -9,13 +9,14 @@ from command_line import repro
 import papers.emo as emo
 from papers.emo import law
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.config import encode
 from repro.data import corpus
 from repro.data.batches import Batches
 from repro.environment import set_deterministic
 from repro.experiment import load_claims
 from repro.inherit import Parent
-from repro.model import Transformer, accounting
+from repro.model import Transformer
 from repro.moe import TopK
 from repro.trace import check_chain, genesis
 from repro.train import make_optimizer, train_segment, training_step

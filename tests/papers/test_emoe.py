@@ -14,11 +14,12 @@ import papers.emoe as emoe
 from papers.emoe.inference import Anchored, ScaledTail, calibration, leave_one_out, oracle_losses, rank_correlation
 from records import canonical
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.config import encode
 from repro.data.corpus import load
 from repro.evals.held_out import held_out_loss
 from repro.experiment import load_claims, select_claims
-from repro.model import ModelConfig, Transformer, accounting
+from repro.model import ModelConfig, Transformer
 from repro.moe import MoE, RouterOutput, TopK
 from repro.pretrained import NOT_AT_HAND, Pretrained
 from repro.workflow.plan import estimate, make_plan

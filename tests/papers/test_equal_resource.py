@@ -10,10 +10,11 @@ from papers.equal_resource import RATES, solver
 from papers.equal_resource.settings import SETTINGS
 from papers.equal_resource.solver import Backbone, Resource, dense_shape, moe_shape, schedule, solve
 from records.errors import UsageError
+from repro.accounting import accounting
 from repro.data import corpus
 from repro.data.batches import evaluation_windows
 from repro.experiment import load_claims
-from repro.model import Transformer, accounting
+from repro.model import Transformer
 from repro.workflow.plan import jobs, make_plan, reuse
 
 S = 2_048
