@@ -58,14 +58,10 @@ def mechanism(config: Mapping[str, Any]) -> Mechanism:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One arm before its learning rate: shape, schedule, what its text is, and what is broken about it.
-
-    `tuned` is the name by which its learning rates are looked up.
-    """
+    """One arm before its learning rate: shape, schedule, what its text is, and what is broken about it."""
 
     shape: Shape
     spent: Schedule
-    tuned: str
     unique: int = 0
     freeze: tuple[str, ...] = ()
     reseed: int = 0
@@ -84,8 +80,8 @@ def shapes(scale: str) -> dict[str, Plan]:
     context = setting.train.context
     found: dict[str, Plan] = {}
 
-    def spend(name: str, shape: Shape, compute: float, tuned: str) -> None:
-        found[name] = Plan(shape=shape, spent=schedule(shape, compute), tuned=tuned)
+    def spend(name: str, shape: Shape, compute: float) -> None:
+        found[name] = Plan(shape=shape, spent=schedule(shape, compute))
 
     def sweep(prefix: str, size: Size, compute: float) -> None:
         solved = solve(
@@ -94,9 +90,9 @@ def shapes(scale: str) -> dict[str, Plan]:
         )  # fmt: skip
         for rate, (shape, spent) in solved.items():
             if rate < 1:
-                found[f"{prefix}{_moe(rate)}"] = Plan(shape=shape, spent=spent, tuned=_moe(rate))
+                found[f"{prefix}{_moe(rate)}"] = Plan(shape=shape, spent=spent)
             elif not prefix:
-                found["dense"] = Plan(shape=shape, spent=spent, tuned="dense")
+                found["dense"] = Plan(shape=shape, spent=spent)
 
     def moe(rate: float, backbone: Backbone, **more: Any) -> Shape:
         more = {"d_experts": (setting.main.d_expert,)} | more
@@ -108,24 +104,24 @@ def shapes(scale: str) -> dict[str, Plan]:
         sweep(prefix, main, share * main.compute)
     sweep("other-", setting.other, setting.other.compute)
     dense, best = found["dense"], found[_moe(BEST)]
-    spend("dense-2c", dense.shape, 2 * main.compute, "dense-2c")
-    spend("rich-dense", dense.shape, setting.rich * main.compute, "dense")
-    spend(f"rich-{_moe(BEST)}", best.shape, setting.rich * main.compute, best.tuned)
-    found["rich-frozen"] = replace(found[f"rich-{_moe(BEST)}"], freeze=("router_ED",), tuned="frozen")
+    spend("dense-2c", dense.shape, 2 * main.compute)
+    spend("rich-dense", dense.shape, setting.rich * main.compute)
+    spend(f"rich-{_moe(BEST)}", best.shape, setting.rich * main.compute)
+    found["rich-frozen"] = replace(found[f"rich-{_moe(BEST)}"], freeze=("router_ED",))
     found["dense-again"] = replace(dense, reseed=1_000)
-    found["frozen"] = replace(best, freeze=("router_ED",), tuned="frozen")
+    found["frozen"] = replace(best, freeze=("router_ED",))
     for name, tokens in (
         ("strict", dense.spent.tokens),
         ("loose", best.spent.tokens // 2),
         ("starved", max(dense.spent.tokens // 64, best.spent.batch * context)),
     ):
-        found[name] = replace(best, unique=tokens // context * context, tuned=name)
+        found[name] = replace(best, unique=tokens // context * context)
     step = max(1, main.d_expert // 8)
     for rate in RATES[2:]:
         shape = moe(rate, backbone, d_experts=range(step, 4 * backbone.d_dense, step), experts=COARSE_EXPERTS)
-        spend(f"coarse{_thousandths(rate)}", shape, main.compute, _moe(rate))
+        spend(f"coarse{_thousandths(rate)}", shape, main.compute)
     for name, blocks in (("interleaved", tuple(range(0, backbone.num_layers, 2))), ("all-moe", ())):
-        spend(name, moe(BEST, replace(backbone, dense_blocks=blocks)), main.compute, best.tuned)
+        spend(name, moe(BEST, replace(backbone, dense_blocks=blocks)), main.compute)
     return found
 
 
@@ -153,13 +149,18 @@ def design(scale: str) -> Design:
         arms += among
         groups.append(Group(id=name, label=f"{name}: {plan.shape}", among=tuple(a.id for a in among), by="tuning/bpc"))
     assert setting
-    return Design(seeds=setting.seeds, arms=tuple(arms), groups=tuple(groups), figures=_figures(scale))
+    return Design(
+        seeds=setting.seeds,
+        first_seed=setting.first_seed,
+        arms=tuple(arms),
+        groups=tuple(groups),
+        figures=_figures(scale),
+    )
 
 
 def _learning_rates(setting: Setting, plan: Plan) -> tuple[float, ...]:
-    key = max((key for key in setting.learning_rates if plan.tuned.startswith(key)), key=len)
     law = step_law_lr(plan.shape.parameters, plan.spent.tokens)
-    return tuple(float(f"{rate * law:.3g}") if setting.law else rate for rate in setting.learning_rates[key])
+    return tuple(float(f"{rate * law:.3g}") if setting.law else rate for rate in setting.learning_rates)
 
 
 def _arm(setting: Setting, name: str, plan: Plan, lr: float) -> Arm:

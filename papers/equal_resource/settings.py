@@ -24,7 +24,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a scale fixes. `learning_rates` by the beginning of `Plan.tuned`, the longest that fits; `head` is a head's width.
+    """What a scale fixes. Every arm runs all `learning_rates`, the one grid; `head` is a head's width.
 
     With `law` = True they are multiples of Step Law's learning rate for each arm. `rich` times C is spent by the `rich-` arms.
     """
@@ -36,13 +36,14 @@ class Setting:
     warmup_share: float
     corpus: str
     seeds: int
-    learning_rates: Mapping[str, tuple[float, ...]]
+    learning_rates: tuple[float, ...]
     eval_tokens: int
     head: int
     vocab: int = 256
     law: bool = False
     rate_tolerance: float = 0.03
     rich: float = 2.0
+    first_seed: int = 0
 
 
 def _size(parameters: int, compute: float, backbone: tuple[int, int, int], d_expert: int, **dense: Any) -> Size:
@@ -61,33 +62,30 @@ SETTINGS = {
         other=_size(47_500, 1.5e9, (12, 3, 32), 6, head=4, zeta=16.0),
         train=replace(_TRAIN, context=32, trace_every=5, hash_every=10, checkpoint_every=10),
         least_warmup=4, warmup_share=0.01, corpus="synthetic", seeds=2, head=4, eval_tokens=2_048,
-        learning_rates={"": (0.01,)}, rich=4.0,
+        learning_rates=(0.01,), rich=4.0,
     ),
     "nano": Setting(
         main=_size(76_500, 2.7e11, (16, 3, 44), 8, head=8, zeta=16.0),
         other=_size(183_000, 1.5e12, (24, 3, 66), 12, head=8, zeta=16.0),
         train=_TRAIN,
         least_warmup=20, warmup_share=0.05, corpus="stdlib", seeds=3, head=8, eval_tokens=131_072, rich=3.7,
-        learning_rates={
-            "": (0.016, 0.032), "moe": (0.032,), "moe200": (0.016, 0.032), "starved": (0.016,),
-            "dense": (0.004, 0.008, 0.016), "dense-2c": (0.004, 0.008),
-        },
+        first_seed=3, learning_rates=(0.008, 0.032),
     ),
     "small": Setting(
         main=_size(8_750_000, 2.5e15, (128, 8, 352), 16, head=32, zeta=32.0),
         other=_size(5_100_000, 8.5e14, (96, 8, 264), 24, head=32, zeta=32.0),
         train=replace(_TRAIN, context=512, precision="bfloat16"),
         least_warmup=100, warmup_share=0.01, corpus="installed", seeds=3, head=32, eval_tokens=1_048_576,
-        learning_rates={"": (0.5, 1.0, 2.0)}, law=True, rich=1.5,
+        learning_rates=(0.5, 1.0, 2.0), law=True, rich=1.5,
     ),
     "base": Setting(
         main=_2B, other=_size(3_250_000_000, 1.4e21, (1664, 18, 4608), 256),
         train=_LARGE, least_warmup=200, warmup_share=0.01, corpus="data:fineweb-edu-65536", seeds=3, head=128,
-        eval_tokens=16_777_216, vocab=65_536, learning_rates={"": (1.0, 2.0)}, law=True,
+        eval_tokens=16_777_216, vocab=65_536, learning_rates=(1.0, 2.0), law=True,
     ),
     "paper": Setting(
         main=_size(6_517_444_608, 2.86e21, (2048, 24, 5464), 512), other=_2B, rate_tolerance=0.08,
         train=_LARGE, least_warmup=200, warmup_share=0.01, corpus="data:fineweb-edu-65536", seeds=3, head=128,
-        eval_tokens=16_777_216, vocab=65_536, learning_rates={"": (1.0, 2.0)}, law=True,
+        eval_tokens=16_777_216, vocab=65_536, learning_rates=(1.0, 2.0), law=True,
     ),
 }  # fmt: skip
