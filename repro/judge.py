@@ -3,12 +3,13 @@
 - a claim's `passes` all hold: `replicated`; any of its `fails` holds: `not_replicated`; neither: `inconclusive`
 - a control that does not come out as foretold, too few seeds, a scale that cannot decide, or an arm that is missing,
   incomplete or diverged: `inconclusive`, with the reason; a claim none of whose arms was in the plan: `not_tested`
+- a group stands for the arm that its tuning metric chooses among all that did not diverge; one of them missing, for none
 - every number is given as a decimal string of six significant digits
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from repro.config import decimal_string, decode
@@ -57,8 +58,15 @@ def judge(plan: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
     """
     seeds = [int(seed) for seed in plan["seeds"]]
     groups = [decode(Group, group) for group in plan["groups"]]
-    chosen = {group.id: _choose(group, seeds, evidence) for group in groups}
-    bench = _Bench(seeds=seeds, evidence=evidence, chosen=chosen)
+    chosen: dict[str, str | None] = {}
+    undecided: dict[str, str] = {}
+    for group in groups:
+        try:
+            chosen[group.id] = _choose(group, seeds, evidence)
+        except _LacksEvidenceError as error:
+            chosen[group.id] = None
+            undecided[group.id] = str(error)
+    bench = _Bench(seeds=seeds, evidence=evidence, chosen=chosen, undecided=undecided)
     in_plan = {arm["id"] for arm in plan["arms"]} | set(chosen)
     verdicts = [_verdict(decode(Claim, claim), plan["scale"], bench, in_plan) for claim in plan["claims"]]
     verdicts += [
@@ -114,14 +122,28 @@ def same_outcome(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _choose(group: Group, seeds: Sequence[int], evidence: Evidence) -> str | None:
-    """Arm with the lowest mean of the tuning metric; a diverged or incomplete one is no candidate."""
+def _choose(group: Group, seeds: Sequence[int], evidence: Evidence) -> str:
+    """Arm with the lowest mean of the tuning metric; a diverged one is no candidate.
+
+    Raises `_LacksEvidenceError` where one is missing or incomplete: who drops a rival's best arm must not gain by it.
+    """
     means = {}
     for arm in group.among:
-        results = [evidence.get((arm, seed)) for seed in seeds]
-        if all(result and result.status == "complete" and group.by in result.metrics for result in results):
-            means[arm] = math.fsum(float(result.metrics[group.by]) for result in results if result) / len(seeds)
-    return min(means, key=lambda arm: (means[arm], arm)) if means else None
+        results = {seed: evidence.get((arm, seed)) for seed in seeds}
+        if any(result and result.status == "diverged" for result in results.values()):
+            continue
+        total = []
+        for seed, result in results.items():
+            if result is None or result.status != "complete" or group.by not in result.metrics:
+                what = "is missing" if result is None else f"{result.status}, without {group.by}"
+                raise _LacksEvidenceError(
+                    f"arm {arm} seed {seed} {what}; the group {group.id} chooses among all its arms"
+                )
+            total.append(float(result.metrics[group.by]))
+        means[arm] = math.fsum(total) / len(seeds)
+    if not means:
+        raise _LacksEvidenceError(f"no arm of the group {group.id} is complete")
+    return min(means, key=lambda arm: (means[arm], arm))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +151,12 @@ class _Bench:
     seeds: Sequence[int]
     evidence: Evidence
     chosen: Mapping[str, str | None]
+    undecided: Mapping[str, str] = field(default_factory=dict)
 
     def arm(self, name: str) -> str:
         arm = self.chosen.get(name, name)
         if arm is None:
-            raise _LacksEvidenceError(f"no arm of the group {name} is complete")
+            raise _LacksEvidenceError(self.undecided[name])
         return arm
 
     def result(self, name: str, seed: int) -> ArmEvidence:

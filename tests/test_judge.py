@@ -167,6 +167,29 @@ def test_a_group_stands_for_its_best_tuned_arm():
     assert outcome["verdicts"][0]["reason"] == "no arm of the group a is complete"
 
 
+@pytest.mark.parametrize("left", [None, ArmEvidence(status="incomplete", weights="", metrics={})])
+def test_dropping_the_best_arm_of_a_group_gains_nothing(left):
+    """Without b's best arm a would be clearly above what is left of b, and replicate."""
+    group = Group(id="b", label="b", among=("b1", "b2"), by="tuning")
+    told = claim(controls=(Test(left=quantity("c"), right=quantity("b1"), relation="identical"),))
+    wanted = plan(told, arms=("a", "b1", "b2", "c"), groups=(group,))
+    losses = {"a": CLEARLY_ABOVE, "b1": B, "b2": tuple(2 * value for value in CLEARLY_ABOVE), "c": B}
+    tuning = {"b1": "2.0", "b2": "1.0"}
+    values = {
+        (arm, seed): ArmEvidence(
+            status="complete", weights="b1" if arm == "c" else arm,
+            metrics={"loss": str(losses[arm][seed])} | ({"tuning": tuning[arm]} if arm in tuning else {}),
+        )
+        for arm in losses for seed in SEEDS
+    }  # fmt: skip
+    assert verdict(wanted, values)["verdict"] == "not_replicated"
+    dropped = {key: found for key, found in values.items() if key != ("b2", 1)} | ({("b2", 1): left} if left else {})
+    outcome = judge(wanted, dropped)
+    assert outcome["groups"] == {}
+    assert outcome["verdicts"][0]["verdict"] == "inconclusive"
+    assert outcome["verdicts"][0]["reason"].startswith("arm b2 seed 1 ")
+
+
 def test_the_least_of_several_metrics_is_taken_a_seed():
     least = Quantity(arm="a", least_of=("x", "y"))
     some = {
