@@ -22,7 +22,8 @@ from repro.trace import genesis
 from repro.workflow import audit
 from repro.workflow.bundle import summary, verify
 from repro.workflow.evidence import load, read_directory
-from repro.workflow.plan import ArmJob, jobs, parse_plan, plan_digest, stops, stretches
+from repro.workflow.jobs import ArmJob, jobs, stops, stretches
+from repro.workflow.plan import parse_plan, plan_digest
 from repro.workflow.run import execute_jobs
 
 

@@ -20,7 +20,8 @@ from repro.train import Mechanism, train_segment
 from repro.workflow import audit
 from repro.workflow import plan as plans
 from repro.workflow.evidence import load
-from repro.workflow.plan import jobs, make_plan, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import make_plan, parse_plan, plan_digest
 
 PROBED = replace(SEGMENT, train=replace(SEGMENT.train, steps=25, probe_every=10))
 

@@ -10,7 +10,8 @@ from records.package import read_bundle
 from repro.report.table import BEGIN, END
 from repro.workflow.bundle import verify
 from repro.workflow.evidence import load
-from repro.workflow.plan import jobs, parse_plan
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import parse_plan
 from repro.workflow.publish import readme_table
 
 PUBLISHED = sorted(ROOT.glob("papers/*/replications/*.repro.zip"))

@@ -26,7 +26,8 @@ from repro.experiment import load_claims, select_claims
 from repro.trace import genesis, link
 from repro.workflow.bundle import make_bundle, verify
 from repro.workflow.evidence import load, read_directory
-from repro.workflow.plan import jobs, make_plan, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import make_plan, parse_plan, plan_digest
 from repro.workflow.run import finish, read_plan
 
 

@@ -171,7 +171,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from records import canonical, keys
     from records.errors import UsageError
     from records.package import write_atomically
-    from repro.workflow.plan import at_hand, estimate, plan_digest, reuse
+    from repro.workflow.estimate import estimate
+    from repro.workflow.plan import at_hand, plan_digest, reuse
     from repro.workflow.run import now
     from repro.workflow.signed import sign_plan
 
@@ -294,7 +295,8 @@ def _folder(arguments: argparse.Namespace, plan: Mapping[str, Any]) -> Path:
 
 
 def _announce(arguments: argparse.Namespace, plan: Mapping[str, Any], folder: Path) -> None:
-    from repro.workflow.plan import estimate, plan_digest
+    from repro.workflow.estimate import estimate
+    from repro.workflow.plan import plan_digest
 
     seconds = estimate(plan, workers=arguments.workers).seconds
     print(f"plan {plan_digest(plan)[:16]}…, about {duration(seconds)}, in {folder}", file=sys.stderr)

@@ -27,8 +27,10 @@ from records.report import Check
 from repro.config import decimal_string, encode
 from repro.data import corpus
 from repro.environment import code_state, numeric_environment
+from repro.workflow.estimate import Estimate, estimate
 from repro.workflow.evidence import read_directory
-from repro.workflow.plan import ArmJob, Estimate, Stretch, estimate, jobs, plan_digest, stops, stretches
+from repro.workflow.jobs import ArmJob, Stretch, jobs, stops, stretches
+from repro.workflow.plan import plan_digest
 
 Agreement = Literal["bitwise", "within_tolerance", "differs", "missing"]
 

@@ -20,7 +20,8 @@ from repro.judge import OUTCOME_SCHEMA, judge, same_outcome
 from repro.workflow import evals
 from repro.workflow.crate import RO_CRATE, ro_crate
 from repro.workflow.evidence import load, read_directory
-from repro.workflow.plan import jobs, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import parse_plan, plan_digest
 from repro.workflow.signed import SIGNED_PLAN, check_signed
 
 RUN, REPORT = "run.json", "report.html"

@@ -13,7 +13,8 @@ from records import canonical
 from records.errors import ReproError
 from records.package import write_atomically
 from repro.trace import check_chain, genesis
-from repro.workflow.plan import jobs, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import plan_digest
 
 FOLDER, SCHEMA = "evals", "repro.eval/v1"
 _DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")

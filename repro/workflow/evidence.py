@@ -20,7 +20,8 @@ from records.errors import InvalidError, MalformedError, ReproError, Unsupported
 from repro.config import decimal_string
 from repro.judge import ArmEvidence
 from repro.trace import Probe, check_chain, genesis
-from repro.workflow.plan import ArmJob, SegmentJob, jobs, plan_digest
+from repro.workflow.jobs import ArmJob, SegmentJob, jobs
+from repro.workflow.plan import plan_digest
 
 _T = TypeVar("_T")
 

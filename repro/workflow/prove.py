@@ -13,7 +13,8 @@ from records.inclusion import Piece, make_proof, read_proof, verify_proof
 from records.keys import KeySet
 from records.report import Check, Verification
 from repro.trace import genesis, link
-from repro.workflow.plan import ArmJob, jobs, parse_plan, plan_digest
+from repro.workflow.jobs import ArmJob, jobs
+from repro.workflow.plan import parse_plan, plan_digest
 
 
 def prove(files: Mapping[str, bytes], *, arm: str, seed: int, step: int | None) -> bytes:

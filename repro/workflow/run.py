@@ -31,7 +31,8 @@ from records.package import write_atomically
 from repro.environment import code_state
 from repro.judge import judge
 from repro.workflow.evidence import load, read_directory
-from repro.workflow.plan import ArmJob, SegmentJob, Stretch, jobs, parse_plan, plan_digest, stops
+from repro.workflow.jobs import ArmJob, SegmentJob, Stretch, jobs, stops
+from repro.workflow.plan import parse_plan, plan_digest
 
 if TYPE_CHECKING:
     from repro.cluster import Cluster

@@ -13,7 +13,8 @@ from repro.data.tokens import Subwords, Tokenizer, open_tokenizer
 from repro.model import Transformer
 from repro.trace import genesis
 from repro.train import Segment
-from repro.workflow.plan import jobs, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import plan_digest
 from repro.workflow.run import read_plan
 
 

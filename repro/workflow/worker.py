@@ -24,7 +24,8 @@ from repro.mlp import make_model
 from repro.model import ModelConfig, Transformer
 from repro.trace import TraceWriter, check_chain, genesis
 from repro.train import Segment, train_segment
-from repro.workflow.plan import ArmJob, SegmentJob, jobs, paper_module, plan_digest
+from repro.workflow.jobs import ArmJob, SegmentJob, jobs
+from repro.workflow.plan import paper_module, plan_digest
 
 if TYPE_CHECKING:
     from repro.cluster import Cluster

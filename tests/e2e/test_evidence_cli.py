@@ -8,7 +8,8 @@ from command_line import repro
 from records import canonical
 from records.package import read_bundle
 from repro.trace import genesis, link
-from repro.workflow.plan import jobs, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import parse_plan, plan_digest
 from repro.workflow.prove import verify
 
 

@@ -12,7 +12,8 @@ from repro.judge import judge
 from repro.trace import genesis, link
 from repro.workflow.bundle import summary
 from repro.workflow.evidence import load
-from repro.workflow.plan import jobs, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import parse_plan, plan_digest
 
 KEY = keys.private_key(bytes(range(32)))
 PUBLISHED = ROOT / "papers/emoe/replications/emoe-nano.repro.zip"

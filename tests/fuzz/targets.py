@@ -31,7 +31,8 @@ from repro.workflow import bundle as workflow_bundle
 from repro.workflow import prove, signed
 from repro.workflow.bundle import summary
 from repro.workflow.evidence import load
-from repro.workflow.plan import jobs, parse_plan, plan_digest
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import parse_plan, plan_digest
 
 
 class Choices:

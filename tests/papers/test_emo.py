@@ -20,7 +20,9 @@ from repro.model import Transformer
 from repro.moe import TopK
 from repro.trace import check_chain, genesis
 from repro.train import make_optimizer, train_segment, training_step
-from repro.workflow.plan import at_hand, estimate, jobs, make_plan
+from repro.workflow.estimate import estimate
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import at_hand, make_plan
 
 STAGES = (8, 16, 32, 64, 128)
 ACTIVE = 1.1e9  # EMO's active parameters

@@ -22,7 +22,8 @@ from repro.experiment import load_claims, select_claims
 from repro.model import ModelConfig, Transformer
 from repro.moe import MoE, RouterOutput, TopK
 from repro.pretrained import NOT_AT_HAND, Pretrained
-from repro.workflow.plan import estimate, make_plan
+from repro.workflow.estimate import estimate
+from repro.workflow.plan import make_plan
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,8 @@ from repro.data import corpus
 from repro.data.batches import evaluation_windows
 from repro.experiment import load_claims
 from repro.model import Transformer
-from repro.workflow.plan import jobs, make_plan, reuse
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import make_plan, reuse
 
 S = 2_048
 BACKBONE_2B = Backbone(d_model=1408, num_layers=16, d_dense=3904)

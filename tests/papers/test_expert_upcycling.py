@@ -15,7 +15,8 @@ from repro.experiment import Arm, load_claims
 from repro.model import ModelConfig, Transformer
 from repro.moe.growth import grow
 from repro.train import Segment, TrainConfig, make_optimizer, training_step
-from repro.workflow.plan import jobs, make_plan
+from repro.workflow.jobs import jobs
+from repro.workflow.plan import make_plan
 
 SMALL = ModelConfig(
     d_model=16, num_layers=2, num_heads=2, context=16, d_expert=8, num_experts=4, top_k=1, score="sigmoid",
