@@ -1,34 +1,23 @@
 """The chain from plan to bundle on a real smoke run, and every tampering with it."""
 
 import base64
-import contextlib
-import fcntl
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, repro
+from command_line import repro
 
 from records import canonical, keys
-from records.errors import InvalidError, MalformedError, UsageError
+from records.errors import MalformedError
 from records.inclusion import EVIDENCE_TREE, evidence_tree
 from records.package import build_manifest, read_bundle
 from records.replication import PUBLIC_KEY, build_replication
 from records.statement import open_envelope
-from repro.experiment import load_claims, select_claims
 from repro.trace import genesis, link
 from repro.workflow.bundle import make_bundle, verify
-from repro.workflow.evidence import load, read_directory
+from repro.workflow.evidence import load
 from repro.workflow.jobs import jobs
-from repro.workflow.plan import make_plan, parse_plan, plan_digest
-from repro.workflow.run import finish, read_plan
+from repro.workflow.plan import parse_plan, plan_digest
 
 
 @pytest.fixture
@@ -284,211 +273,6 @@ def test_a_foreign_plan_that_is_none_is_malformed(bundle, change, message):
 def test_a_plan_that_is_not_canonical_is_malformed(bundle):
     with pytest.raises(MalformedError, match="canonical JSON"):
         parse_plan(json.dumps(json.loads(bundle["plan.json"]), indent=1).encode(), name="plan.json")
-
-
-# The plan
-
-
-def test_the_plan_is_the_same_every_time_and_changes_with_what_decides_the_run():
-    plan = make_plan("emoe", scale="smoke")
-    assert plan_digest(plan) == plan_digest(make_plan("EMoE", scale="smoke"))
-    assert plan_digest(plan) != plan_digest(make_plan("emoe", scale="smoke", seeds=3))
-    assert plan_digest(plan) != plan_digest(make_plan("emoe", scale="smoke", claims="A1"))
-    assert parse_plan(canonical.dumps(plan), name="plan") == plan
-
-
-def test_claims_choose_the_arms_that_they_need():
-    plan = make_plan("emoe", scale="smoke", claims="a1")
-    assert [arm["id"] for arm in plan["arms"]] == ["topk-lr0.003", "control-lr0.003"]
-    assert [claim["id"] for claim in plan["claims"]] == ["A1"]
-    assert plan["claims_left_out"] == [claim.id for claim in load_claims("emoe").claim if claim.id != "A1"]
-    assert len({job.segments[0].digest for job in jobs(plan)}) == 4
-
-
-def test_a_claim_that_must_be_named_is_left_out_with_the_arms_that_only_it_needs(monkeypatch):
-    info = load_claims("emoe")
-    claims = tuple(
-        replace(claim, only_named=("smoke",), suite="raw")
-        if claim.id.endswith("-raw")
-        else replace(claim, only_named=())
-        for claim in info.claim
-        if claim.id.removesuffix("-raw") in ("A1", "A2", "A3")
-    )
-    monkeypatch.setattr("repro.workflow.plan.load_claims", lambda _: replace(info, claim=claims))
-
-    def arms(names: str | None, scale: str = "smoke") -> set[str]:
-        return {arm["id"] for arm in make_plan("emoe", scale=scale, claims=names)["arms"]}
-
-    plan = make_plan("emoe", scale="smoke")
-    assert [claim["id"] for claim in plan["claims"]] == ["A1", "A2", "A3"]
-    assert plan["claims_left_out"] == ["A1-raw", "A2-raw", "A3-raw"]
-    raw = {name for name in arms("all") if "-raw" in name}
-    assert raw
-    assert arms(None) >= arms("all") - raw
-    assert not arms(None) & raw
-    assert arms("RAW") == arms("A1-raw,A2-raw,A3-raw") <= arms("all")
-    assert arms(None, "nano") >= arms("all", "nano")
-    with pytest.raises(UsageError, match="no claim is judged at smoke unless named: expected --claims with some of A1"):
-        select_claims(replace(info, claim=claims[3:]), None, "smoke")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"paper": "bert", "scale": "smoke"}, "unknown paper 'bert'"),
-        ({"paper": "emoe", "scale": "huge"}, "unknown scale 'huge'"),
-        ({"paper": "emoe", "scale": "smoke", "seeds": 0}, "at least 1, found 0"),
-        ({"paper": "emoe", "scale": "smoke", "claims": "Z9"}, "unknown claim 'z9'"),
-        ({"paper": "emoe", "scale": "smoke", "device": "tpu"}, "unknown device 'tpu'"),
-    ],
-)
-def test_an_impossible_plan_is_said_clearly(arguments, message):
-    with pytest.raises(UsageError, match=message):
-        make_plan(arguments.pop("paper"), **arguments)
-
-
-# The run directory
-
-
-def copy_of(folder: Path, to: Path) -> Path:
-    shutil.copytree(folder, to, ignore=shutil.ignore_patterns(".lock"))
-    return to
-
-
-def test_judging_again_gives_the_same_bytes(smoke_run, tmp_path):
-    again = copy_of(smoke_run, tmp_path / "run")
-    before = (again / "outcome.json").read_bytes()
-    (again / "outcome.json").unlink()
-    finish(read_plan(again), again)
-    assert (again / "outcome.json").read_bytes() == before
-
-
-def test_judging_refuses_evidence_that_does_not_hold(smoke_run, tmp_path):
-    again = copy_of(smoke_run, tmp_path / "run")
-    name = a_trace(read_directory(again))
-    (again / name).write_bytes((again / name).read_bytes().replace(b'"loss":"5', b'"loss":"4'))
-    with pytest.raises(InvalidError, match="the chain is broken"):
-        finish(read_plan(again), again)
-    assert repro("judge", again).returncode == 1
-
-
-def test_a_bundle_wants_a_finished_and_judged_run(smoke_run, tmp_path):
-    again = copy_of(smoke_run, tmp_path / "run")
-    outcome = json.loads((again / "outcome.json").read_bytes())
-    outcome["verdicts"][0]["verdict"] = "replicated"
-    (again / "outcome.json").write_bytes(canonical.dumps(outcome))
-    with pytest.raises(InvalidError, match="not what the judge makes of the evidence"):
-        make_bundle(again, key=None)
-    (again / "outcome.json").unlink()
-    with pytest.raises(UsageError, match="make it with repro judge"):
-        make_bundle(again, key=None)
-    with pytest.raises(UsageError, match=r"expected plan\.json"):
-        make_bundle(tmp_path / "nothing", key=None)
-
-
-def test_code_that_changed_during_the_run_is_not_bundled(smoke_run, tmp_path):
-    again = copy_of(smoke_run, tmp_path / "run")
-    run = json.loads((again / "run.json").read_bytes())
-    run["code"]["sha256"] = "0" * 64
-    (again / "run.json").write_bytes(canonical.dumps(run))
-    with pytest.raises(InvalidError, match="the code changed while the run went on"):
-        make_bundle(again, key=None)
-
-
-def test_a_finished_run_is_not_run_again(smoke_run, tmp_path):
-    again = copy_of(smoke_run, tmp_path / "run")
-    done = repro("run", "emoe", "--scale", "smoke", "--out", again)
-    assert done.returncode == 2
-    assert b"go on with --resume" in done.stderr
-    done = repro("run", "emoe", "--scale", "smoke", "--out", again, "--resume")
-    assert done.returncode == 4
-    assert b"0 tasks left" in done.stderr
-    done = repro("run", "emoe", "--scale", "smoke", "--out", again, "--resume", "--seeds", "3")
-    assert done.returncode == 2
-    assert b"holds a run of another plan" in done.stderr
-
-
-def test_two_runs_in_one_directory(tmp_path):
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = repro("run", "emoe", "--scale", "smoke", "--out", tmp_path)
-    assert done.returncode == 2
-    assert b"in use by another run" in done.stderr
-
-
-def _started(folder: Path, lines: int) -> subprocess.Popen:
-    """A run of the command line, once some steps were traced."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "repro", "run", "emoe", "--scale", "smoke", "--out", str(folder), "--workers", "2"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("segments/*/final.safetensors"))) < lines:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_stopped_goes_on_to_the_same_evidence(smoke_run, tmp_path, how):
-    folder = tmp_path / "run"
-    process = _started(folder, 3)
-    if how == signal.SIGKILL:
-        process.send_signal(how)
-    else:
-        os.killpg(process.pid, how)  # as a terminal does: the workers get Ctrl-C too
-    _, stderr = process.communicate(timeout=60)
-    assert not (folder / "outcome.json").exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert b"--resume" in stderr
-        assert b"Traceback" not in stderr
-    for _ in range(100):  # the workers of a killed run end when they find nobody to report to
-        done = repro("run", "emoe", "--scale", "smoke", "--out", folder, "--resume")
-        if b"in use by another run" not in done.stderr:
-            break
-        time.sleep(0.1)
-    assert done.returncode == 4, done.stderr.decode()
-
-    def evidence(run: Path) -> dict[str, bytes]:
-        return {name: data for name, data in read_directory(run).items() if not name.endswith("timing.jsonl")}
-
-    assert evidence(folder) == evidence(smoke_run)
-    assert (folder / "outcome.json").read_bytes() == (smoke_run / "outcome.json").read_bytes()
-
-
-def test_a_worker_that_dies_is_said_and_recoverable(tmp_path):
-    folder = tmp_path / "run"
-    process = _started(folder, 2)
-
-    def found(*words: str) -> list[str]:
-        return subprocess.run(["pgrep", *words], capture_output=True, text=True).stdout.split()
-
-    # Workers are the fork server's children; one that had just finished is missed by nobody, so the next one dies too.
-    while process.poll() is None:
-        if servers := found("-s", str(process.pid), "-f", "forkserver"):
-            for pid in found("-P", ",".join(servers)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert b"go on with --resume" in stderr
-    assert b"Traceback" not in stderr
-    assert repro("run", "emoe", "--scale", "smoke", "--out", folder, "--resume").returncode == 4
-
-
-def test_a_worker_whose_run_was_killed_ends_without_a_word():
-    """Found by killing runs at random: it had nobody to tell of its trouble, and printed a traceback of that."""
-    code = (
-        "from multiprocessing import Pipe; from repro.workflow import worker; ours, theirs = Pipe(duplex=False); "
-        "ours.close(); worker.main({}, 'x', 'arm', 0, None, 0, theirs)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_manifest_lists_every_file(bundle):
