@@ -10,23 +10,22 @@
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 from records import canonical
 from records.errors import MalformedError, ReproError
+from records.fields import get, shown, text
 from records.keys import KeySet, b64_strict, fingerprint, parse_public_key
+from records.merge import merge_bundles
 from records.number import FULL_NUMBER, SUFFIX_LENGTH, Reference, arxiv_key, derived_aliases, suffix_of
 from records.receipt import verify_digest
-from records.report import Check, Kind, Status, Trust, Verification
+from records.report import Check, Checks, Kind, Trust, Verification
 
 Form = Literal["record", "bundle", "state", "graph", "mirrors", "key"]
 
 EMPTY_LIST_SHA256: Final = canonical.digest({"payload": []})
 EMPTY_INTEGRITY_SHA256: Final = canonical.digest({"payload": {"detectors": [], "findings": []}})
-#: How many checks of one code and status are listed.
-MAX_ALIKE: Final = 20
 #: From this size in bytes on, jsonschema (about 0.1 ms an item) is asked only where the compiled schema says no.
 LARGE: Final = 64 * 1024
 SIGNED_MESSAGE: Final = "canonical_sha256_bytes"
@@ -76,57 +75,6 @@ def _other_text_rules(text: str) -> Iterator[tuple[str, str]]:
     yield "case folded", " ".join(text.casefold().split())
 
 
-def get(value: Any, *path: str) -> Any:
-    """The value under `path` of nested objects, or None where one is missing or is not an object."""
-    for name in path:
-        if not isinstance(value, dict):
-            return None
-        value = value.get(name)
-    return value
-
-
-def text(value: Any, *path: str) -> str | None:
-    """The text under `path`, or None."""
-    found = get(value, *path)
-    return found if isinstance(found, str) else None
-
-
-def shown(value: Any) -> str:
-    """A value from a document as it may stand in a message: short, and without control characters."""
-    return ascii(value)[:80] if isinstance(value, str | int | None) else f"a {type(value).__name__}"
-
-
-class _Checks:
-    """Collects checks: every fault is kept, not just the first, and of many alike the first 20 and their number."""
-
-    def __init__(self) -> None:
-        self.found: list[Check] = []
-        self._counts: Counter[tuple[str, Status]] = Counter()
-
-    def add(self, code: str, status: Status, detail: str) -> None:
-        self._counts[code, status] += 1
-        if self._counts[code, status] <= MAX_ALIKE:
-            self.found.append(Check(code=code, status=status, detail=detail))
-
-    def all(self) -> tuple[Check, ...]:
-        more = (
-            Check(code=code, status=status, detail=f"and {count - MAX_ALIKE} more, not listed")
-            for (code, status), count in self._counts.items()
-            if count > MAX_ALIKE
-        )
-        return (*self.found, *more)
-
-    def same(self, code: str, what: str, found: Any, expected: Any) -> bool:
-        """Compare a stated value with what follows from the hashed record; only a difference is reported."""
-        if type(found) is type(expected) and found == expected:
-            return True
-        self.add(code, "fail", f"{what} says {shown(found)}, expected {shown(expected)}")
-        return False
-
-    def failed(self, code: str) -> bool:
-        return any(check.code == code and check.status == "fail" for check in self.found)
-
-
 def verify_document(
     data: bytes,
     *,
@@ -171,7 +119,7 @@ def verify_value(
 
     `fits` may say quickly that a value fits its schema; where it does not, jsonschema says why.
     """
-    checks = _Checks()
+    checks = Checks()
     checks.add("strict_json", "pass", "strict JSON: UTF-8, no duplicate keys, no floats, integers within 2**53 - 1")
     form = form_of(value)
     if form is None:
@@ -199,7 +147,7 @@ def verify_value(
     return Verification(target=target, kind=_KINDS[form], pith_number=number, checks=checks.all(), trust=trust)
 
 
-def _schema(checks: _Checks, form: Form, value: Any, fits: Callable[[str, Any], bool] | None) -> None:
+def _schema(checks: Checks, form: Form, value: Any, fits: Callable[[str, Any], bool] | None) -> None:
     from records.schema import faults
 
     found = [] if fits is not None and fits(form, value) else faults(form, value)
@@ -209,7 +157,7 @@ def _schema(checks: _Checks, form: Form, value: Any, fits: Callable[[str, Any], 
         checks.add("schema", "pass", f"a Pith {form} as records/schemas/pith.json describes it")
 
 
-def _record(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> tuple[str | None, Trust]:
+def _record(checks: Checks, form: Form, value: Any, trusted: KeySet) -> tuple[str | None, Trust]:
     """The checks on a canonical record and everything that follows from it; the number, and the receipt's key."""
     record = get(value, "current", "canonical_record") if form == "state" else get(value, "canonical_record")
     graphs = _graphs(form, value)
@@ -264,7 +212,7 @@ def _receipt_of(form: Form, value: Any) -> Any:
     return None
 
 
-def _copies(checks: _Checks, form: Form, value: Any, graphs: list[Any], record: Mapping[str, Any]) -> None:
+def _copies(checks: Checks, form: Form, value: Any, graphs: list[Any], record: Mapping[str, Any]) -> None:
     """Copies of the record's fields outside it carry no hash of their own: where they stand, they have to agree."""
     code = "canonical_hash"
     for place, holder in (("source", value), *(("graph_snapshot.source", graph) for graph in graphs)):
@@ -280,7 +228,7 @@ def _copies(checks: _Checks, form: Form, value: Any, graphs: list[Any], record: 
                 checks.same(code, f"{place}.{name}", paper[name], get(record, "metadata", name_in_record))
 
 
-def _number(checks: _Checks, value: Any, record: Any, digest: str | None) -> str | None:
+def _number(checks: Checks, value: Any, record: Any, digest: str | None) -> str | None:
     suffix = suffix_of(bytes.fromhex(digest)) if digest is not None else None
     year = (text(record, "metadata", "submitted_at") or "")[:4]
     number = f"pith:{year}:{suffix}" if suffix is not None and len(year) == 4 else None
@@ -315,7 +263,7 @@ def _number(checks: _Checks, value: Any, record: Any, digest: str | None) -> str
     return number
 
 
-def _aliases(checks: _Checks, aliases: Any, record: Any, digest: str | None) -> None:
+def _aliases(checks: Checks, aliases: Any, record: Any, digest: str | None) -> None:
     if not isinstance(aliases, list):
         checks.add("aliases", "skip", "the document lists no aliases")
         return
@@ -341,7 +289,7 @@ def _aliases(checks: _Checks, aliases: Any, record: Any, digest: str | None) -> 
         checks.add("aliases", "skip", "the document lists no aliases")
 
 
-def _texts(checks: _Checks, value: Any, graphs: list[Any], record: Any) -> None:
+def _texts(checks: Checks, value: Any, graphs: list[Any], record: Any) -> None:
     """Title and abstract, wherever the document shows them, against the hashes in the record."""
     for code, hashed in (("title_hash", "title_canon_sha256"), ("abstract_hash", "abstract_canon_sha256")):
         name = code.removesuffix("_hash")
@@ -359,7 +307,7 @@ def _texts(checks: _Checks, value: Any, graphs: list[Any], record: Any) -> None:
             _text(checks, code, place, found, expected)
 
 
-def _text(checks: _Checks, code: str, place: str, found: str, expected: str) -> None:
+def _text(checks: Checks, code: str, place: str, found: str, expected: str) -> None:
     if canonical_text_sha256(found) == expected:
         checks.add(code, "pass", f"{place} hashes to {expected}")
         return
@@ -370,7 +318,7 @@ def _text(checks: _Checks, code: str, place: str, found: str, expected: str) -> 
     checks.add(code, "fail", f"{place} hashes to {canonical_text_sha256(found)}, the record says {shown(expected)}")
 
 
-def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet) -> Trust:
+def _receipt(checks: Checks, receipt: Any, digest: str | None, trusted: KeySet) -> Trust:
     """`receipt_signature`, `receipt_digest` and `key_trust`."""
     codes = ("receipt_signature", "receipt_digest", "key_trust")
     if not isinstance(receipt, dict) or text(receipt, "signature_b64") is None:
@@ -428,7 +376,7 @@ def _receipt(checks: _Checks, receipt: Any, digest: str | None, trusted: KeySet)
     return Trust(key_id=key.key_id, source=key.source)
 
 
-def _snapshot(checks: _Checks, graph: Any) -> None:
+def _snapshot(checks: Checks, graph: Any) -> None:
     """The hashes of a graph snapshot's empty parts; for the others no rule is known, and they are skipped."""
     parts: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("claims", "count", ("items",), EMPTY_LIST_SHA256),
@@ -457,9 +405,7 @@ def _snapshot(checks: _Checks, graph: Any) -> None:
         checks.add("snapshot_hash", "skip", "the snapshot states no hashes")
 
 
-def _events(checks: _Checks, bundle: Any, trusted: KeySet) -> None:
-    from records.merge import merge_bundles
-
+def _events(checks: Checks, bundle: Any, trusted: KeySet) -> None:
     try:
         merged = merge_bundles([bundle], trusted=trusted)
     except ReproError as error:
@@ -475,7 +421,7 @@ def _events(checks: _Checks, bundle: Any, trusted: KeySet) -> None:
         checks.add("envelope_signature", "skip", f"{_UNKNOWN_EVENT_RULE}: event signatures were not checked")
 
 
-def _counts(checks: _Checks, state: Any) -> None:
+def _counts(checks: Checks, state: Any) -> None:
     """A state's counts against each other; what it was merged from is not in it."""
     names = ("event_count", "valid_event_count", "invalid_event_count")
     counts = [state.get(name) for name in names]
@@ -485,7 +431,7 @@ def _counts(checks: _Checks, state: Any) -> None:
         checks.add("merge", "skip", "a state shows its result, not its events: merge its bundle and compare (--state)")
 
 
-def _keys(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> Trust:
+def _keys(checks: Checks, form: Form, value: Any, trusted: KeySet) -> Trust:
     """A key, or the keys of a mirror manifest: well-formed, and the same as the trusted key of that id."""
     mirrors = value.get("mirrors") if form == "mirrors" else None
     entries = [value] if form == "key" else [get(m, "public_key") for m in mirrors] if isinstance(mirrors, list) else []
@@ -508,7 +454,7 @@ def _keys(checks: _Checks, form: Form, value: Any, trusted: KeySet) -> Trust:
     return trust
 
 
-def _asked(checks: _Checks, asked: Reference, number: str | None, value: Any) -> None:
+def _asked(checks: Checks, asked: Reference, number: str | None, value: Any) -> None:
     """Whether the document is that of the paper that was asked for."""
     if asked.kind == "pith":
         suffix = number[-SUFFIX_LENGTH:] if number is not None else ""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
-from records.document import get, shown, text
 from records.errors import InvalidError, MalformedError
+from records.fields import get, shown, text
 from records.keys import KeySet, b64_strict, pinned, utc_key
 from records.number import FULL_NUMBER, SUFFIX_LENGTH, derived_aliases, suffix_of
 from records.receipt import verify_digest

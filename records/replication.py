@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
-from records.document import get, shown, verify_document
+from records.document import verify_document
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
+from records.fields import get, shown
 from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets, utc_key
 from records.number import FULL_NUMBER, parse_reference
 from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name

@@ -1,10 +1,14 @@
 """What a verification found: checks, one state computed from them, and the JSON object that `--json` prints.
 
+`Checks` collects them while a document is gone through.
 A `Verification` is immutable; whoever knows more appends to it with `with_checks`, and the state follows.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
+
+from records.fields import shown
 
 Status = Literal["pass", "fail", "skip"]
 State = Literal["trusted", "valid", "invalid", "malformed", "indeterminate"]
@@ -23,6 +27,8 @@ SCHEMA: Final = "repro.verify/v1"
 EXIT_CODES: Final[dict[State, int]] = {"trusted": 0, "valid": 0, "invalid": 1, "malformed": 3, "indeterminate": 4}
 #: From best to worst, for the one code of a run over many targets.
 SEVERITY: Final = (0, 4, 5, 3, 1)
+#: How many checks of one code and status are listed.
+MAX_ALIKE: Final = 20
 
 _MALFORMED: Final = frozenset({"strict_json", "schema"})
 #: A document of this kind is `valid` only when one of these checks passed: without it nothing was shown.
@@ -45,6 +51,40 @@ class Check:
     code: str
     status: Status
     detail: str = ""
+
+
+class Checks:
+    """Collects checks: every fault is kept, not just the first, and of many alike the first `MAX_ALIKE` and their number."""
+
+    def __init__(self) -> None:
+        self.found: list[Check] = []
+        self._counts: Counter[tuple[str, Status]] = Counter()
+
+    def add(self, code: str, status: Status, detail: str) -> None:
+        """One more check."""
+        self._counts[code, status] += 1
+        if self._counts[code, status] <= MAX_ALIKE:
+            self.found.append(Check(code=code, status=status, detail=detail))
+
+    def all(self) -> tuple[Check, ...]:
+        """The checks that are listed, and how many more of each code and status there are."""
+        more = (
+            Check(code=code, status=status, detail=f"and {count - MAX_ALIKE} more, not listed")
+            for (code, status), count in self._counts.items()
+            if count > MAX_ALIKE
+        )
+        return (*self.found, *more)
+
+    def same(self, code: str, what: str, found: Any, expected: Any) -> bool:
+        """Compare a stated value with what follows from the hashed record; only a difference is reported."""
+        if type(found) is type(expected) and found == expected:
+            return True
+        self.add(code, "fail", f"{what} says {shown(found)}, expected {shown(expected)}")
+        return False
+
+    def failed(self, code: str) -> bool:
+        """Whether any check of this code failed so far."""
+        return any(check.code == code and check.status == "fail" for check in self.found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,9 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from records import canonical
-from records.document import form_of, get, verify_document
+from records.document import form_of, verify_document
 from records.errors import IndeterminateError, MalformedError, NetworkError, ReproError, UsageError
+from records.fields import get
 from records.keys import KeySet
 from records.network import Client, check_url
 from records.number import FULL_NUMBER, SUFFIX_LENGTH, Reference, arxiv_key

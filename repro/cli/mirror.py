@@ -121,7 +121,7 @@ def _pages(arguments: argparse.Namespace, trusted: "KeySet") -> "list[Page]":
 
 def _number_of(document: Any) -> str:
     from records import canonical
-    from records.document import get, text
+    from records.fields import get, text
     from records.number import number_of
 
     record = get(document, "canonical_record")

@@ -1,0 +1,23 @@
+"""Reading fields of foreign JSON, where any of them may be missing or of another type."""
+
+from typing import Any
+
+
+def get(value: Any, *path: str) -> Any:
+    """The value under `path` of nested objects, or None where one is missing or is not an object."""
+    for name in path:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
+
+
+def text(value: Any, *path: str) -> str | None:
+    """The text under `path`, or None."""
+    found = get(value, *path)
+    return found if isinstance(found, str) else None
+
+
+def shown(value: Any) -> str:
+    """A value from a document as it may stand in a message: short, and without control characters."""
+    return ascii(value)[:80] if isinstance(value, str | int | None) else f"a {type(value).__name__}"
