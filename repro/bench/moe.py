@@ -89,9 +89,7 @@ CUDA_SHAPES = tuple(
 ) + tuple(Shape(tokens=32_768, d_model=2048, d_expert=768, num_experts=128, top_k=8, load=load) for load in _UNEVEN)
 
 
-def measure(
-    *, device: str = "cpu", shapes: Sequence[Shape] | None = None, rounds: int = 8, seed: int = 0
-) -> dict[str, Any]:
+def measure(*, device: str = "cpu", shapes: Sequence[Shape] | None = None, rounds: int = 8) -> dict[str, Any]:
     """Milliseconds and ratios for each shape, as data for `repro bench moe`.
 
     On the CPU in float32 on one thread; on CUDA in bfloat16. The first round only warms up. Raises `UsageError` for a
@@ -105,7 +103,7 @@ def measure(
     state = torch.random.get_rng_state()
     try:
         torch.set_num_threads(1)
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         chosen = shapes or (CPU_SHAPES if device == "cpu" else CUDA_SHAPES)
         results = [_measure_shape(shape, torch.device(device), rounds) for shape in chosen]
     finally:

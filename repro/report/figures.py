@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 
 from repro.experiment import Curve, Figure
 from repro.judge import Evidence
-from repro.stats import bootstrap, gap_closure, optimum, parabola
+from repro.stats import bootstrap, gap_closure, half_interval, optimum, parabola
 from repro.trace import Probe
 
 # Okabe and Ito's palette: told apart with any colour vision; markers tell the curves apart without colour too.
@@ -28,9 +28,10 @@ READING = {
     "fit": "Thin lines: each seed; marks: mean, 95% interval; dashed: parabola in log x, its 95% band, and its optimum's.",
     "closure": "Thin lines: each seed; marks: the share that the sums over seeds close, and its 95% bootstrap interval.",
     "cells": "Small dots: each seed; marks: mean and its 95% interval over seeds.",
-    "training": "A line each seed; marks show where the pool grew, or another part of the training began.",
-    "time": "A line each seed; marks show where the pool grew, or another part of the training began.",
-    "probe": "A line each seed; marks show where the pool grew, or another part of the training began.",
+    **dict.fromkeys(
+        ("training", "time", "probe"),
+        "A line each seed; marks show where the pool grew, or another part of the training began.",
+    ),
     "load": "A row each arm and seed, a column each layer; 1 is an even share of the tokens, lines show where the pool grew.",
 }
 """How to read a figure, by its kind."""
@@ -159,7 +160,7 @@ def _cells(figure: Figure, found: Mapping[str, Sequence[Sequence[float]]]) -> Ca
         measured = [(place, values) for place, values in zip(places, cells, strict=True) if values]
         axes.errorbar(
             [math.fsum(values) / len(values) for _, values in measured], [place for place, _ in measured],
-            xerr=[_half_interval(values) for _, values in measured], color=colour, marker=marker, markersize=3.5,
+            xerr=[half_interval(values) for _, values in measured], color=colour, marker=marker, markersize=3.5,
             linestyle="none", elinewidth=0.8, label=f"{name} ({max(map(len, cells))} seeds)",
         )  # fmt: skip
     axes.set_yticks(range(rows), labels=figure.names, fontsize=6)
@@ -196,7 +197,7 @@ def _metrics(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], s
     for line in lines:
         axes.plot(x, line, color=style.colour, alpha=0.35, linewidth=0.8)
     means = [math.fsum(values) / len(values) for values in zip(*lines, strict=True)]
-    halves = [_half_interval(values) for values in zip(*lines, strict=True)]
+    halves = [half_interval(values) for values in zip(*lines, strict=True)]
     axes.errorbar(
         x, means, yerr=halves, color=style.colour, marker=style.marker, markersize=5, capsize=3,
         label=f"{style.label} ({len(lines)} seeds)",
@@ -321,15 +322,3 @@ def _shares(loads: Sequence[Sequence[int]], experts: int) -> list[list[float]]:
         [load[e] * len(load) / max(1, sum(load)) if e < len(load) else math.nan for load in loads]
         for e in range(experts)
     ]
-
-
-def _half_interval(values: Sequence[float]) -> float:
-    """Half the 95% Student interval of the mean; 0 for a single value, which has none."""
-    from scipy import special
-
-    n = len(values)
-    if n < 2:
-        return 0.0
-    mean = math.fsum(values) / n
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return float(special.stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
