@@ -3,7 +3,7 @@
 - `TrainConfig`, `Segment`: everything that a piece of training depends on, as data
 - `Mechanism`: where a paper puts what is new in it (a routing rule a step, a loss, gradients, measures of the live model)
 - `training_step`: one update
-- `learning_rate`: warm-up, then constant, WSD or cosine
+- `learning_rate`: warm-up, then constant, WSD or cosine; `make_optimizer`: AdamW or SGD, with the factors of the model's config
 - `train_segment`: trains one segment with one seed in a folder, goes on from its last checkpoint, and writes the trace,
   the measured times beside it, and the final weights
 

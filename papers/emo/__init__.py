@@ -36,6 +36,7 @@ from repro.accounting import accounting
 from repro.data.batches import evaluation_windows
 from repro.data.corpus import Bytes
 from repro.evals.held_out import held_out_loss
+from repro.evals.load import gini
 from repro.experiment import Arm, Curve, Design, Figure
 from repro.model import ModelOutput, Transformer
 from repro.moe import MoE, RouterOutput, RoutingRule, TopK, balance_loss
@@ -288,11 +289,3 @@ def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> I
     yield "load/gini", sum(gini(load_E) for load_E in load_LE) / len(load_LE)
     yield "load/dead", float((load_LE == 0).sum())
     yield "load/new", float(load_LE[:, config["few"] :].sum() / load_LE.sum())
-
-
-def gini(load_E: Tensor) -> float:
-    """Gini coefficient of a load: Σ_i (2i − n − 1)·x_i / (n·Σx) over the loads in rising order."""
-    ordered = load_E.double().sort().values
-    n = len(ordered)
-    weights = 2 * torch.arange(1, n + 1, dtype=torch.float64) - n - 1
-    return float((weights * ordered).sum() / (n * ordered.sum()))

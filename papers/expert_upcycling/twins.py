@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repro.evals.held_out import held_out_loss
+from repro.evals.load import gini
 from repro.model import Transformer
 from repro.moe import MoE, Routing
 
@@ -175,11 +176,3 @@ def diagnose(model: Transformer, tokens_WS: Tensor, targets_WS: Tensor) -> dict[
         "loss/averaged": held_out_loss(averaged(model), tokens_WS, targets_WS),
         "load/gini": sum(map(gini, loads)) / len(loads),
     }
-
-
-def gini(load_E: Tensor) -> float:
-    """Gini coefficient of a load: 0 even, towards 1 when one expert takes all."""
-    ordered = load_E.double().sort().values
-    n = len(ordered)
-    rank_E = torch.arange(1, n + 1, dtype=torch.float64)
-    return float(((2 * rank_E - n - 1) * ordered).sum() / (n * ordered.sum()))

@@ -1,10 +1,13 @@
 """Plan, run, judge, bundle, verify: the only place that knows papers and records at once.
 
-- `plan.py`: claims, arms, data, code and environment as one canonical JSON, hashed before the first step
+- `plan.py`: claims, arms, data, code and environment as one canonical JSON, hashed before the first step; `jobs.py`,
+  `estimate.py`: what is to be done for it, and what that takes; `signed.py`: a plan signed before it is run
 - `run.py`, `worker.py`: the plan's segments and measures as one-thread processes, several at a time, resumable
 - `evidence.py`: what a run directory or a bundle proves, every chain recomputed (no torch)
-- `bundle.py`: the replication bundle, and its verification (no torch)
-- `publish.py`: report.html, the index of several bundles, and the README's table; `crate.py`, `export.py`: the forms of others
+- `bundle.py`: the replication bundle, and its verification (no torch); `prove.py`: one piece of its evidence
+- `audit.py`: parts of a bundle executed again; `subject.py`, `evals.py`: what `repro eval` evaluates and keeps
+- `publish.py`: report.html, the index of several bundles, and the README's table; `crate.py`, `export.py`: the forms of others;
+  `schemas.py`: JSON Schemas of our own
 """
 
 from collections.abc import Mapping

@@ -203,12 +203,6 @@ def test_every_claim_finds_its_arms_in_the_design():
         assert claim.arms <= arms, claim.id
 
 
-def test_gini():
-    assert emo.gini(torch.tensor([5, 5, 5, 5])) == pytest.approx(0)
-    assert emo.gini(torch.tensor([0, 0, 0, 7])) == pytest.approx(3 / 4)
-    assert emo.gini(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx(0.25)
-
-
 def test_the_control_routes_to_the_first_experts_alone():
     scores_TE = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
     expert_TK, weight_TK = emo.FirstExperts(k=2, count=4)(scores_TE, torch.tensor([0.0] * 4 + [9.0] * 4))
