@@ -156,7 +156,7 @@ def test_a_worker_whose_run_was_killed_ends_without_a_word():
     """Found by killing runs at random: it had nobody to tell of its trouble, and printed a traceback of that."""
     code = (
         "from multiprocessing import Pipe; from repro.workflow import worker; ours, theirs = Pipe(duplex=False); "
-        "ours.close(); worker.main({}, 'x', 'arm', 0, None, 0, theirs)"
+        "ours.close(); worker.main({}, 'x', 'arm', 0, None, 0, theirs, None)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")

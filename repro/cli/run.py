@@ -93,9 +93,9 @@ def positive(text: str) -> int:
 
 
 def _papers(arguments: argparse.Namespace) -> int:
-    from repro.experiment import implemented, load_claims
+    from repro.experiment import SLUGS, load_claims
 
-    for slug in implemented():
+    for slug in SLUGS:
         info = load_claims(slug)
         paper = info.paper
         number = paper.pith_number or "Pith number not known"

@@ -30,7 +30,7 @@ from repro.environment import code_state, numeric_environment
 from repro.workflow.estimate import Estimate, estimate
 from repro.workflow.evidence import read_directory
 from repro.workflow.jobs import ArmJob, Stretch, jobs, stops, stretches
-from repro.workflow.plan import plan_digest
+from repro.workflow.plan import device_of, plan_digest
 
 Agreement = Literal["bitwise", "within_tolerance", "differs", "missing"]
 
@@ -106,13 +106,9 @@ def mismatches(plan: Mapping[str, Any], drawn: Drawn, checkpoint: Path | None = 
                 f"corpus {name}: the plan's digest is {plan['corpora'][name][:12]}…, this machine's {found[:12]}…; runs over "
                 "different text cannot be compared (the standard library's text is that of one Python version)"
             )
-    here = encode(numeric_environment(_device(plan)))
+    here = encode(numeric_environment(device_of(plan)))
     differing = [name for name, value in plan["environment"].items() if here.get(name) != value]
     return differing + (["code"] if code_state()["sha256"] != plan["code"]["sha256"] else [])
-
-
-def _device(plan: Mapping[str, Any]) -> str:
-    return "cpu" if plan["environment"]["device"] == "cpu" else "cuda"
 
 
 def cost(plan: Mapping[str, Any], drawn: Drawn, *, workers: int) -> tuple[Estimate, float]:
@@ -247,7 +243,7 @@ def predicate(
         "tolerance": plan["tolerance"],
         "differing": list(differing),
         "items": [_item(item) for item in audited],
-        "environment": encode(numeric_environment(_device(plan))),
+        "environment": encode(numeric_environment(device_of(plan))),
         "code": code_state(),
         "cost": {
             "tokens": sum(segment.tokens_to(steps) for _, segment, steps in unique.values()),

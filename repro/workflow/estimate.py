@@ -6,6 +6,7 @@ from typing import Any
 
 from repro.config import decode
 from repro.workflow.jobs import ArmJob, Stretch, jobs, stops
+from repro.workflow.plan import device_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ def estimate(
     arms = jobs(plan) if wanted is None else wanted
     unique = stops(arms, drawn)
     measure_tokens = {arm["id"]: arm["measure_tokens"] for arm in plan["arms"]}
-    device = device or plan["environment"]["device"]
+    device = device or device_of(plan)
     seconds, flops, memory, tokens = TASK_SECONDS * (len(unique) + len(arms)), 0.0, 0, 0
     for _, segment, steps in unique.values():
         model = decode(ModelConfig, segment.config["model"])

@@ -2,7 +2,8 @@
 
 - `make_plan`: paper, scale, seeds and claims to a plan; reads the corpora to digest them, trains nothing
 - `parse_plan`: foreign bytes to a plan, its form checked
-- `plan_digest`, `at_hand`, `reuse`: what names a plan, whether it can be run, and how often it reads its text
+- `plan_digest`, `at_hand`, `device_of`, `reuse`: what names a plan, whether and where it can be run, and how often it reads
+  its text
 - `paper_module`: the paper's package, with what the workflow asks of it
 """
 
@@ -214,6 +215,11 @@ def _check_supply(arms: Sequence[Arm]) -> None:
                     epochs=train.epochs,
                     name=f"arm {arm.id}, corpus {segment.corpus}",
                 )
+
+
+def device_of(plan: Mapping[str, Any]) -> str:
+    """cpu or cuda: where the plan is to be executed."""
+    return "cpu" if plan["environment"]["device"] == "cpu" else "cuda"
 
 
 def reuse(plan: Mapping[str, Any]) -> dict[str, tuple[int, float]]:

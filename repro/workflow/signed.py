@@ -21,7 +21,7 @@ from records.versions import check_version
 from repro.config import encode
 from repro.data import corpus
 from repro.environment import code_state, numeric_environment
-from repro.workflow.plan import parse_plan, plan_digest
+from repro.workflow.plan import device_of, parse_plan, plan_digest
 
 PLAN_TYPE: Final = "urn:pith-repro:plan:v1"
 SIGNED_SCHEMA: Final = "repro.signed-plan/v1"
@@ -116,12 +116,11 @@ def adopt(path: Path, *, why: str | None, trusted: KeySet, layout: str = "one pr
         faults = [check.detail for check in found.checks if check.status == "fail"]
         raise InvalidError(f"{path}: {'; '.join(faults) or 'nobody signed it'}")
     plan = dict(signed.plan)
-    device = "cpu" if plan["environment"]["device"] == "cpu" else "cuda"
     code = code_state()
     here = {
         "code": {"sha256": code["sha256"], "version": code["version"]},
         "corpora": {name: corpus.load(name).digest for name in plan["corpora"]},
-        "environment": encode(numeric_environment(device, layout)),
+        "environment": encode(numeric_environment(device_of(plan), layout)),
     }
     differing = _differing(plan, here)
     if not differing:

@@ -25,7 +25,7 @@ from repro.model import ModelConfig, Transformer
 from repro.trace import TraceWriter, check_chain, genesis
 from repro.train import Segment, train_segment
 from repro.workflow.jobs import ArmJob, SegmentJob, jobs
-from repro.workflow.plan import paper_module, plan_digest
+from repro.workflow.plan import device_of, paper_module, plan_digest
 
 if TYPE_CHECKING:
     from repro.cluster import Cluster
@@ -41,7 +41,7 @@ def main(
     segment: str | None,
     stop: int,
     pipe: Connection,
-    checkpoint: Path | None = None,
+    checkpoint: Path | None,
 ) -> None:
     """Entry of the process: `segment` is the digest of the one to train up to the step `stop`, None to measure the arm.
 
@@ -149,7 +149,7 @@ def train(
             seed=job.seed + segment.reseed,
             folder=folder / work.folder,
             genesis=genesis(plan_digest(plan), work.digest),
-            device=cluster.device if cluster else _torch_device(plan),
+            device=cluster.device if cluster else device_of(plan),
             parent=_parent(plan, folder, parent) if parent else None,
             checkpoint_folder=checkpoint,
             progress=progress,
@@ -174,7 +174,7 @@ def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
     entries, _ = check_chain(trace_path.read_bytes(), start, name=str(trace_path))
     if entries and entries[-1].get("type") == "diverged":
         return  # nothing to measure: the segment's own trace says that the arm diverged
-    model, head = load_final(segment.model, folder / work.folder, genesis=start, device=_torch_device(plan))
+    model, head = load_final(segment.model, folder / work.folder, genesis=start, device=device_of(plan))
     path = folder / job.file
     temporary = path.with_suffix(".tmp")
     held_out = _corpus(plan, segment.corpus).held_out
@@ -201,12 +201,8 @@ def measure(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> None:
 def _course(plan: Mapping[str, Any], folder: Path, job: ArmJob) -> list[Transformer]:
     """The model as drawn, and as each of the arm's segments left it."""
     start = decode(Segment, job.segments[0].config)
-    models = [make_model(start.model, job.seed + start.reseed).to(_torch_device(plan))]
+    models = [make_model(start.model, job.seed + start.reseed).to(device_of(plan))]
     for work in job.segments:
         segment, begin = decode(Segment, work.config), genesis(plan_digest(plan), work.digest)
-        models.append(load_final(segment.model, folder / work.folder, genesis=begin, device=_torch_device(plan))[0])
+        models.append(load_final(segment.model, folder / work.folder, genesis=begin, device=device_of(plan))[0])
     return models
-
-
-def _torch_device(plan: Mapping[str, Any]) -> str:
-    return "cpu" if plan["environment"]["device"] == "cpu" else "cuda"
