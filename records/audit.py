@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError
+from records.fields import is_sha256
 from records.keys import KeySet, PrivateKey, PublicKey, fingerprint, parse_public_key, utc_key
 from records.report import Check, Verification
 from records.statement import Envelope, make_statement, open_envelope, sign_envelope, verify_envelope
@@ -28,7 +29,6 @@ _AGREES: Final = frozenset(AGREEMENTS[:2])
 SUBJECT: Final = "manifest.json"
 MAX_ITEMS: Final = 10_000
 
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
 _NUMBER: Final = re.compile(r"[0-9]{1,40}(\.[0-9]{1,400})?|not comparable")
 _FIELDS: Final = frozenset(
     {"schema", "statement_sha256", "plan_sha256", "draw", "rule", "tolerance", "differing", "items", "environment",
@@ -79,7 +79,7 @@ def _check(statement: Mapping[str, Any]) -> None:
     if set(predicate) != _FIELDS:
         raise MalformedError(f"audit: expected exactly the fields {', '.join(sorted(_FIELDS))}")
     digests = (subject["digest"]["sha256"], predicate["statement_sha256"], predicate["plan_sha256"])
-    if subject["name"] != SUBJECT or not all(isinstance(text, str) and _HEX.fullmatch(text) for text in digests):
+    if subject["name"] != SUBJECT or not all(map(is_sha256, digests)):
         raise MalformedError(f"audit: expected the subject {SUBJECT}, and SHA-256 digests of it, statement and plan")
     draw = predicate["draw"]
     if not isinstance(draw, dict) or set(draw) != {"seed", "arms", "segments"} or not all(map(_count, draw.values())):

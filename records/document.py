@@ -8,14 +8,13 @@
   compared with it; the rest is named as unauthenticated.
 """
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 from records import canonical
 from records.errors import MalformedError, ReproError
-from records.fields import get, shown, text
+from records.fields import get, is_sha256, shown, text
 from records.keys import KeySet, b64_strict, fingerprint, parse_public_key
 from records.merge import merge_bundles
 from records.number import FULL_NUMBER, SUFFIX_LENGTH, Reference, arxiv_key, derived_aliases, suffix_of
@@ -38,7 +37,6 @@ _KINDS: Final[dict[Form, Kind]] = {
     "mirrors": "pith_record",
     "key": "pith_record",
 }
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
 _UNKNOWN_EVENT_RULE: Final = "no public rule says what an event's id and signature cover"
 
 
@@ -162,7 +160,7 @@ def _record(checks: Checks, form: Form, value: Any, trusted: KeySet) -> tuple[st
     record = get(value, "current", "canonical_record") if form == "state" else get(value, "canonical_record")
     graphs = _graphs(form, value)
     stated = text(value, "canonical_sha256")
-    digest = stated if stated is not None and _HEX.fullmatch(stated) else None
+    digest = stated if is_sha256(stated) else None
     if isinstance(record, dict):
         computed = canonical.sha256_hex(canonical.encode_parsed(record))
         if stated is None:

@@ -7,13 +7,13 @@
 docs/replication-record.md, section 9, is normative.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from records import canonical
 from records.errors import MalformedError, ReproError, UsageError
+from records.fields import is_sha256
 from records.keys import KeySet, parse_public_key
 from records.merkle import inclusion_path, leaf_hash, root_of_path, tree_root
 from records.package import STATEMENT, check_name
@@ -26,7 +26,6 @@ PROOF_SCHEMA: Final = "repro.inclusion/v1"
 ALGORITHM: Final = "rfc6962-sha256"
 EVIDENCE_TREE: Final = "evidence_tree"
 _DOMAIN: Final = b"repro.evidence-leaf/v1\0"
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_PATH: Final = 64
 
 
@@ -84,7 +83,7 @@ def _line(data: bytes, name: str) -> dict[str, Any]:
         raise MalformedError(f"{name}: {error}") from error
     if not isinstance(value, dict) or set(value) != {"chain", "entry"} or not isinstance(value["entry"], dict):
         raise MalformedError(f"{name}: expected each line as an object of chain and entry")
-    if not isinstance(value["chain"], str) or not _HEX.fullmatch(value["chain"]):
+    if not is_sha256(value["chain"]):
         raise MalformedError(f"{name}: expected 64 lower-case hex digits under chain")
     return value
 
@@ -171,11 +170,11 @@ def read_proof(data: bytes) -> Proof:
         raise MalformedError("inclusion proof: expected texts under piece.file and piece.lines")
     if type(piece["line"]) is not int or piece["line"] < 1 or type(index) is not int or index < 0:
         raise MalformedError("inclusion proof: expected piece.line of at least 1 and index of at least 0")
-    if piece["previous"] is not None and not _is_hex(piece["previous"]):
+    if piece["previous"] is not None and not is_sha256(piece["previous"]):
         raise MalformedError("inclusion proof: expected a chain value or null under piece.previous")
     if (piece["previous"] is None) != (piece["line"] == 1):
         raise MalformedError("inclusion proof: expected a chain value before every line but the first")
-    if not isinstance(path, list) or len(path) > _MAX_PATH or not all(_is_hex(sibling) for sibling in path):
+    if not isinstance(path, list) or len(path) > _MAX_PATH or not all(is_sha256(sibling) for sibling in path):
         raise MalformedError(f"inclusion proof: expected path as at most {_MAX_PATH} SHA-256 digests")
     envelope = open_envelope(canonical.dumps(value["statement"]))
     return Proof(
@@ -191,10 +190,6 @@ def read_proof(data: bytes) -> Proof:
         index=index,
         path=tuple(bytes.fromhex(sibling) for sibling in path),
     )
-
-
-def _is_hex(value: Any) -> bool:
-    return isinstance(value, str) and _HEX.fullmatch(value) is not None
 
 
 def verify_proof(data: bytes, *, trusted: KeySet, target: str = "-") -> Verification:
@@ -236,7 +231,7 @@ def _tree_of(predicate: Mapping[str, Any]) -> tuple[bytes, int]:
     tree = predicate.get(EVIDENCE_TREE)
     if not isinstance(tree, dict) or set(tree) != {"algorithm", "leaves", "root"} or tree["algorithm"] != ALGORITHM:
         raise MalformedError(f"inclusion proof: expected a statement with {EVIDENCE_TREE}, {ALGORITHM}")
-    if type(tree["leaves"]) is not int or tree["leaves"] < 1 or not _is_hex(tree["root"]):
+    if type(tree["leaves"]) is not int or tree["leaves"] < 1 or not is_sha256(tree["root"]):
         raise MalformedError(f"inclusion proof: expected a root over at least one leaf under {EVIDENCE_TREE}")
     return bytes.fromhex(tree["root"]), tree["leaves"]
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from records import canonical
 from records.document import verify_document
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
-from records.fields import get, shown
+from records.fields import get, is_sha256, shown
 from records.keys import KeySet, PrivateKey, parse_public_key, refuse_secrets, utc_key
 from records.number import FULL_NUMBER, parse_reference
 from records.package import MANIFEST, STATEMENT, build_manifest, check_manifest, check_name
@@ -37,7 +37,6 @@ PITH_RECORD: Final = "pith-record.json"
 PUBLIC_KEY: Final = "signing-key.json"
 VERDICTS: Final = ("replicated", "not_replicated", "inconclusive", "not_tested")
 
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
 _ARXIV_NAME: Final = re.compile(r"arxiv:(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})")
 _TEXTS: Final = ("plan_sha256", "outcome_sha256", "manifest_sha256", "scale", "finished_at")
 
@@ -82,7 +81,7 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
     name, sha = statement["subject"][0]["name"], statement["subject"][0]["digest"]["sha256"]
     if not FULL_NUMBER.fullmatch(name) and not _ARXIV_NAME.fullmatch(name):
         faults.append(f"expected a full Pith number or arxiv:ID as the subject's name, found {name[:60]!a}")
-    if not isinstance(sha, str) or not _HEX.fullmatch(sha):
+    if not is_sha256(sha):
         faults.append("expected 64 lower-case hex digits as the subject's digest")
     if statement["predicateType"] != PREDICATE_TYPE:
         try:
@@ -98,7 +97,7 @@ def statement_faults(statement: dict[str, Any]) -> list[str]:
         faults.append(str(error))
     faults += [f"expected a text under {field}" for field in _TEXTS if not isinstance(predicate.get(field), str)]
     for field in ("plan_sha256", "outcome_sha256", "manifest_sha256"):
-        if isinstance(predicate.get(field), str) and not _HEX.fullmatch(predicate[field]):
+        if isinstance(predicate.get(field), str) and not is_sha256(predicate[field]):
             faults.append(f"expected 64 lower-case hex digits under {field}")
     faults += [f"expected an object under {field}" for field in ("paper", "environment", "code")
                if not isinstance(predicate.get(field), dict)]  # fmt: skip

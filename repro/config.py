@@ -2,11 +2,12 @@
 
 - `encode`: a dataclass, or plain data, to JSON values; floats become decimal strings, because nothing signed holds a float
 - `decode`: back again, strictly: an unknown, missing or mistyped field is an error that names it
-- `decimal_string`: the shortest decimal that gives the same float64, without an exponent
+- `decimal_string`: the shortest decimal that gives the same float64, without an exponent; `is_decimal`: its form
 """
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Mapping
 from decimal import Decimal
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from records.errors import MalformedError
 
 T = TypeVar("T")
+DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")
 
 
 def decimal_string(value: float) -> str:
@@ -23,6 +25,11 @@ def decimal_string(value: float) -> str:
         raise ValueError(f"expected a finite number, found {value}")
     text = format(Decimal(repr(float(value))), "f")
     return "0.0" if text == "-0.0" else text
+
+
+def is_decimal(value: object) -> bool:
+    """Whether a foreign value is a decimal string, of a length that is no burden."""
+    return isinstance(value, str) and DECIMAL.fullmatch(value) is not None
 
 
 def encode(value: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repro.cli.run import positive
+
 Subparsers = Any  # argparse gives this type no public name
 
 
@@ -27,7 +29,7 @@ def add_parser(commands: Subparsers) -> None:
         "tasks (arc_easy, gsm8k, …), which need the hub",
     )
     command.add_argument("--k", metavar="KS", help="comma-separated experts a token (default: the model's own)")
-    command.add_argument("--limit", type=_positive, metavar="N", help="first N documents of each task")
+    command.add_argument("--limit", type=positive, metavar="N", help="first N documents of each task")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
         "--unsafe-code", action="store_true", help="run the code that the model writes (humaneval); only in a container"
@@ -35,12 +37,6 @@ def add_parser(commands: Subparsers) -> None:
     command.add_argument("--record", action="store_true", help="keep the results in the run, for its bundle")
     command.add_argument("--json", action="store_true", help="one JSON object a checkpoint")
     command.set_defaults(func=_eval)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
-    return int(text)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@
 - `faults`: what in them does not hold; no torch, nothing trusted
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 from records import canonical
 from records.errors import ReproError
 from records.package import write_atomically
+from repro.config import is_decimal
 from repro.trace import check_chain, genesis
 from repro.workflow.jobs import jobs
 from repro.workflow.plan import plan_digest
 
 FOLDER, SCHEMA = "evals", "repro.eval/v1"
-_DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")
 
 
 def record(run: Path, result: Mapping[str, Any]) -> Path:
@@ -68,6 +67,6 @@ def _in_form(results: object) -> bool:
         isinstance(row, dict)
         and isinstance(row.get("task"), str)
         and isinstance(row.get("metrics"), dict)
-        and all(isinstance(value, str) and _DECIMAL.fullmatch(value) for value in row["metrics"].values())
+        and all(map(is_decimal, row["metrics"].values()))
         for row in results
     )

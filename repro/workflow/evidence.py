@@ -9,7 +9,6 @@
 import itertools
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError
-from repro.config import decimal_string
+from repro.config import decimal_string, is_decimal
 from repro.judge import ArmEvidence
 from repro.trace import Probe, check_chain, genesis
 from repro.workflow.jobs import ArmJob, SegmentJob, jobs
@@ -129,7 +128,7 @@ def _check_segment(segment: SegmentJob, entries: list[dict[str, Any]], name: str
         step = min(number * every, steps)
         if entry.get("step") != step or entry.get("tokens") != step * tokens:
             raise InvalidError(f"{name} line {number}: expected step {step} with {step * tokens} tokens as planned")
-        if not _is_decimal(entry.get("loss")) or not _is_decimal(entry.get("grad_norm")):
+        if not is_decimal(entry.get("loss")) or not is_decimal(entry.get("grad_norm")):
             raise MalformedError(f"{name} line {number}: expected loss and grad_norm as decimal strings")
         if step % train["hash_every"] == 0 and step < steps and "weights" not in entry:
             raise InvalidError(f"{name} line {number}: expected a weight hash at step {step}")
@@ -188,7 +187,7 @@ def _check_probes(segment: SegmentJob, entries: list[dict[str, Any]], name: str)
 
 
 def _is_numbers(row: object) -> bool:
-    return isinstance(row, list) and all(_is_decimal(value) for value in row)
+    return isinstance(row, list) and all(is_decimal(value) for value in row)
 
 
 def _is_load(row: object, num_experts: int) -> bool:
@@ -208,7 +207,7 @@ def _arm_evidence(
     metrics: dict[str, str] = {}
     for entry in entries:
         if entry.get("type") == "metric":
-            if not isinstance(entry.get("name"), str) or not _is_decimal(entry.get("value")):
+            if not isinstance(entry.get("name"), str) or not is_decimal(entry.get("value")):
                 raise MalformedError(f"{job.file}: expected each metric as a name and a decimal string")
             metrics[entry["name"]] = entry["value"]
     ended = (
@@ -217,13 +216,6 @@ def _arm_evidence(
     diverged = bool(entries) and entries[-1].get("type") == "diverged"
     status = "diverged" if diverged else "complete" if ended else "incomplete"
     return ArmEvidence(status=status, weights=weights, metrics={**metrics, **derived})
-
-
-_DECIMAL = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,400})?")
-
-
-def _is_decimal(value: object) -> bool:
-    return isinstance(value, str) and _DECIMAL.fullmatch(value) is not None
 
 
 def _along(job: ArmJob, found: Mapping[str, list[tuple[int, _T]]]) -> list[list[tuple[int, _T]]]:

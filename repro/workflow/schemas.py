@@ -15,6 +15,7 @@ from records import audit, inclusion, replication, report, schema
 from records.number import FULL_NUMBER
 from records.package import MANIFEST_SCHEMA
 from records.statement import MAX_SIGNATURES, PAYLOAD_TYPE, STATEMENT_TYPE
+from repro.config import DECIMAL
 from repro.judge import INCONCLUSIVE, NOT_REPLICATED, NOT_TESTED, OUTCOME_SCHEMA, REPLICATED
 from repro.workflow import plan, signed
 
@@ -23,7 +24,7 @@ Schema = dict[str, Any]
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _DEFINITIONS: dict[str, Schema] = {
     "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$", "maxLength": 64},
-    "decimal": {"type": "string", "pattern": "^-?[0-9]{1,40}(\\.[0-9]{1,400})?$", "maxLength": 442},
+    "decimal": {"type": "string", "pattern": f"^{DECIMAL.pattern}$", "maxLength": 442},
     "time": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}", "maxLength": 40},
     "texts": {"type": "array", "items": {"type": "string"}},
     "count": {"type": "integer", "minimum": 0},

@@ -1,12 +1,13 @@
 """Fixtures of the records tests."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from loopback import Site, serving
 from record_cases import SIGNED, STORE
 
 from records import keys
@@ -21,6 +22,14 @@ settings.load_profile("repro")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPRO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site on this machine, whose answers the test sets."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture

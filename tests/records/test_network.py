@@ -2,21 +2,13 @@
 
 import gzip
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from loopback import Handler, Site, cutting, failing, redirecting, serving
+from loopback import Handler, Site, cutting, failing, redirecting
 
 from records.errors import NetworkError, UsageError
 from records.network import Client, check_url
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as running:
-        yield running
 
 
 def client(**options: Any) -> Client:

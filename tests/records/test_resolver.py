@@ -3,12 +3,11 @@
 import json
 import multiprocessing
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Site, cutting, failing, serving
+from loopback import Site, cutting, failing
 from record_cases import STORE, bundle_of, failed, own_record
 
 from records import canonical, keys
@@ -17,13 +16,6 @@ from records.network import Client
 from records.number import SUFFIX_LENGTH, number_of, parse_reference
 from records.report import Verification
 from records.resolver import Cache, Candidate, PackageStore, Resolver
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as running:
-        yield running
 
 
 def made_up(identifier: str = "2601.00001") -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Submission: the exact request first, sent once, never elsewhere, and only a fitting answer becomes a receipt."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Handler, Site, cutting, failing, redirecting, serving
+from loopback import Handler, Site, cutting, failing, redirecting
 from test_replication import FILES, KEY, PREDICATE, build
 
 from records import canonical, package, statement, submit
@@ -24,13 +23,6 @@ def bundle() -> dict[str, bytes]:
     record = (STORE / f"{SUFFIX}.json").read_bytes()
     sha = json.loads(record)["canonical_sha256"]
     return build(FILES | {"pith-record.json": record}, subject_name=NUMBER, subject_sha256=sha)
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as running:
-        yield running
 
 
 def prepared(site: Site | None = None, **options: Any) -> submit.Submission:
