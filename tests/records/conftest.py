@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from loopback import Site, serving
 from record_cases import SIGNED, STORE
 
 from records import keys
 from records.document import verify_document
 from records.report import Verification
-
-# A busy machine is no fault of the code: nothing here is about how long one example takes.
-settings.register_profile("repro", deadline=None)
-settings.load_profile("repro")
 
 
 @pytest.fixture(autouse=True)
