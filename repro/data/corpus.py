@@ -260,17 +260,15 @@ def _synthetic(seed: int) -> Iterable[bytes]:
 def _classification(name: str, seed: int) -> Corpus:
     """Records whose class has several prototypes: each input byte is the prototype's, or, more often, any other.
 
-    A byte comes before the first record, so that a
-    window of RECORD_INPUTS + 1 tokens is the class of the record before, which a model is not to look at, and a record's
-    inputs; its last next token is the record's class.
+    A byte comes before the first record, so that a window of RECORD_INPUTS + 1 tokens is the class of the record before,
+    which a model is not to look at, and a record's inputs; its last next token is the record's class.
     """
     count = _RECORDS + _RECORDS_HELD_OUT
     prototypes = np.frombuffer(
         _random_bytes(RECORD_CLASSES * _PROTOTYPES * RECORD_INPUTS, seed, "prototypes"), dtype=np.uint8
     ).reshape(-1, RECORD_INPUTS)
-    raw = np.random.Philox(key=seed).random_raw(
-        count * (2 * RECORD_INPUTS + 8) // 8
-    )  # a stream fixed by numpy's policy
+    # a stream that numpy's policy fixes
+    raw = np.random.Philox(key=seed).random_raw(count * (2 * RECORD_INPUTS + 8) // 8)
     draws = np.frombuffer(raw.astype("<u8").tobytes(), dtype=np.uint8).reshape(count, 2 * RECORD_INPUTS + 8)
     noise, kept, which = draws[:, :RECORD_INPUTS], draws[:, RECORD_INPUTS : 2 * RECORD_INPUTS], draws[:, -2:]
     chosen = which.astype(np.int64) @ np.array([256, 1]) % len(prototypes)

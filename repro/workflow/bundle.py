@@ -12,7 +12,16 @@ from records import canonical
 from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
 from records.inclusion import EVIDENCE_TREE, evidence_tree, tree_check
 from records.keys import KeySet, PrivateKey
-from records.replication import OUTCOME, PAPER, PITH_RECORD, PLAN, build_replication, read_statement, verify_replication
+from records.replication import (
+    OUTCOME,
+    PAPER,
+    PITH_RECORD,
+    PLAN,
+    PREDICATE_SCHEMA,
+    build_replication,
+    read_statement,
+    verify_replication,
+)
 from records.report import Check, Verification
 from records.timestamps import check_proof, proof_path
 from records.versions import check_version, is_other_version
@@ -61,7 +70,7 @@ def make_bundle(folder: Path, *, key: PrivateKey | None) -> dict[str, bytes]:
     files |= paper_files
     files[RO_CRATE] = ro_crate(plan, run, files, signed=key is not None)
     predicate = {
-        "schema": "repro.replication/v1",
+        "schema": PREDICATE_SCHEMA,
         "paper": plan["paper"],
         "plan_sha256": plan_digest(plan),
         "outcome_sha256": canonical.sha256_hex(files[OUTCOME]),

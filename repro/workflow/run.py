@@ -37,6 +37,8 @@ from repro.workflow.plan import parse_plan, plan_digest
 if TYPE_CHECKING:
     from repro.cluster import Cluster
 
+RUN_SCHEMA = "repro.run/v1"
+
 
 class Reporter(Protocol):
     """Is told what happens during a run; the CLI draws it."""
@@ -237,7 +239,7 @@ def _write_run_record(folder: Path, *, started_at: str, finished_at: str | None)
             raise MalformedError(f"{path}: expected the record of a run; delete it to go on") from error
     sessions.append({"started_at": started_at, "finished_at": finished_at})
     record = {
-        "schema": "repro.run/v1",
+        "schema": RUN_SCHEMA,
         "sessions": sessions,
         "code": code_state(),
         "python": platform.python_version(),

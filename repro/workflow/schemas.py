@@ -18,6 +18,7 @@ from records.statement import MAX_SIGNATURES, PAYLOAD_TYPE, STATEMENT_TYPE
 from repro.config import DECIMAL
 from repro.judge import INCONCLUSIVE, NOT_REPLICATED, NOT_TESTED, OUTCOME_SCHEMA, REPLICATED
 from repro.workflow import plan, signed
+from repro.workflow.run import RUN_SCHEMA
 
 Schema = dict[str, Any]
 
@@ -184,7 +185,7 @@ def _run() -> Schema:
     code = {"sha256": _ref("sha256"), "version": _TEXT, "commit": _maybe(_TEXT), "dirty": {"type": "boolean"}}
     return {"version": "v1", "title": "run.json: when, and from which checkout, a plan was executed"} | _object(
         {
-            "schema": {"const": "repro.run/v1"},
+            "schema": {"const": RUN_SCHEMA},
             "sessions": _list(session, minItems=1),
             "code": _object(code),
             "python": _TEXT,
