@@ -182,7 +182,10 @@ def trusted_keys(path: Path | None = None) -> KeySet:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the trusted keys {path}: {error.strerror}") from None
-    return pinned().with_keys(parse_public_keys(data, source="file"))
+    try:
+        return pinned().with_keys(parse_public_keys(data, source="file"))
+    except MalformedError as error:
+        raise MalformedError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,11 +251,15 @@ def load(path: Path) -> PrivateKey:
         mode = path.stat().st_mode
     except OSError as error:
         raise UsageError(f"cannot read the key {path}: {error.strerror}") from None
+    try:
+        value = canonical.loads(data)
+    except MalformedError:
+        value = None
+    if not isinstance(value, dict) or value.get("schema") != PRIVATE_SCHEMA:
+        what = "a public key" if isinstance(value, dict) and "public_key_b64" in value else "another file"
+        raise MalformedError(f"{path}: expected a private key written by `repro keys new`, found {what}")
     if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"{path} can be read by others (mode {stat.S_IMODE(mode):o}); run: chmod 600 {path}")
-    value = canonical.loads(data)
-    if not isinstance(value, dict) or value.get("schema") != PRIVATE_SCHEMA:
-        raise MalformedError(f"{path}: expected a private key written by `repro keys new`")
     if not isinstance(value.get("key_id"), str) or not isinstance(value.get("seed_b64"), str):
         raise MalformedError(f"{path}: expected the texts key_id and seed_b64")
     return private_key(b64_strict(value["seed_b64"], size=32, what="private key"), key_id=value["key_id"])

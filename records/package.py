@@ -7,6 +7,7 @@
 - `build_manifest` and `check_manifest` bind the files together.
 """
 
+import errno
 import io
 import os
 import re
@@ -98,6 +99,19 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """UsageError before long work where `write_atomically` could not put its result at `path`."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists, is writable and has room"
+        ) from None
+
+
 def write_bundle(path: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` as the zip at `path`, under its final name only when whole.
 
@@ -118,9 +132,11 @@ def read_bundle(source: Path | bytes) -> dict[str, bytes]:
             return _read_folder(source)
         with source.open("rb") as file:
             data = file.read(MAX_TOTAL_BYTES + 1)
+        return _read_zip(data)
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror or error}") from None
-    return _read_zip(data)
+    except MalformedError as error:
+        raise MalformedError(f"{source}: {error}") from None
 
 
 def _read_zip(data: bytes) -> dict[str, bytes]:

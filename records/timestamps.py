@@ -120,7 +120,8 @@ def read_headers(path: Path | None) -> dict[int, bytes]:
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the block headers {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "not ASCII text"
+        raise UsageError(f"cannot read the block headers {path}: {reason}") from None
     matches = [_HEADER_LINE.fullmatch(line.strip().lower()) for line in lines if line.strip()]
     if not all(matches):
         raise UsageError(f"{path}: expected lines of a height and 160 hexadecimal digits")

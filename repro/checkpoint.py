@@ -94,18 +94,24 @@ def load_checkpoint(
     """Puts a checkpoint into model and optimizer; returns (steps done, trace lines it stands on, all its tensors).
 
     Raises:
+        UsageError: a file that cannot be read.
         InvalidError: no checkpoint, or that of another plan, segment or model.
     """
     try:
+        path.open("rb").close()  # safetensors calls every reason "no such file"
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("repro", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError) as error:
         raise InvalidError(
             f"{path}: expected a safetensors checkpoint, found {error}; delete it to start the segment again"
         ) from error
     if metadata.get("genesis") != genesis:
-        raise InvalidError(f"{path}: the checkpoint belongs to another plan or segment; choose another --out")
+        raise InvalidError(
+            f"{path}: the checkpoint belongs to another plan or segment; put back the segment's own, or choose another --out"
+        )
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted(shapes.keys() | state.keys()):

@@ -428,8 +428,9 @@ def select_claims(claims: Claims, names: str | None, scale: str) -> tuple[Claim,
                 f"no claim is judged at {scale} unless named: expected --claims with some of {', '.join(known)}"
             )
         return selected
-    wanted = {part.strip().lower() for part in names.split(",") if part.strip()}
-    unknown = sorted(wanted - {name.lower() for name in known})
+    asked = {part.strip().lower(): part.strip() for part in names.split(",") if part.strip()}
+    wanted = set(asked)
+    unknown = sorted(asked[name] for name in wanted - {name.lower() for name in known})
     if unknown or not wanted:
         raise UsageError(f"unknown claim {', '.join(unknown) or names!r}: expected some of {', '.join(known)}")
     if "all" in wanted:

@@ -165,6 +165,10 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"junk")
     with pytest.raises(InvalidError, match="expected a safetensors checkpoint"):
         train(tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    (tmp_path / "checkpoint.safetensors").mkdir()
+    with pytest.raises(UsageError, match="safetensors: Is a directory"):
+        train(tmp_path)
 
 
 def test_weights_that_are_not_the_traces_are_refused(tmp_path):

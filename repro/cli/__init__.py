@@ -8,8 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from records.errors import ReproError
+from records.errors import ReproError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not os.environ.get("REPRO_DEBUG"):
+            # a path that no reader or writer of ours met with a line of its own
+            print(f"repro: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+            return UsageError.exit_code
         if os.environ.get("REPRO_DEBUG"):
             raise
         print(
@@ -39,15 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 70
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, and where to read more, instead of all of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"repro: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from repro import __version__
     from repro.cli import bench, data, evaluation, evidence, export, keys, mirror, run, verify
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="repro",
         description="Reproduce Mixture-of-Experts papers, and verify what others reproduced.",
         epilog="exit codes: 0 verified or replicated, 1 proven bad or not replicated, 2 usage, 3 malformed, "
-        "4 indeterminate, 5 network",
+        "4 indeterminate or inconclusive, 5 network",
     )
     parser.add_argument("--version", action="version", version=f"repro {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

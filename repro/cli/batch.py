@@ -30,6 +30,8 @@ def run_batch(target: str, arguments: argparse.Namespace, trusted: "KeySet", max
         else:
             try:
                 stream = stack.enter_context(Path(target).open("rb"))
+                if stream.peek(4).startswith(b"PK\x03\x04"):
+                    raise UsageError(f"{plain(target)}: expected a document a line, found a zip; leave --batch out")
             except OSError as error:
                 raise UsageError(f"cannot read {plain(target)}: {error.strerror or error}") from None
         try:

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import shutil
 from typing import Any
+
+from records.errors import UsageError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,6 +21,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for path in arguments.python:
+        if shutil.which(path) is None:
+            raise UsageError(f"--python: expected a Python interpreter, found no program {path!r}")
     if arguments.what == "verify":
         from repro.bench import verify
 

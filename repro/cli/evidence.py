@@ -83,7 +83,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from records.canonical import sha256_hex
     from records.errors import UsageError
     from records.keys import trusted_keys
-    from records.package import MANIFEST, read_bundle, write_atomically
+    from records.package import MANIFEST, read_bundle, require_writable, write_atomically
     from records.replication import PLAN
     from repro.cli.progress import reporter
     from repro.workflow import audit
@@ -102,6 +102,9 @@ def _audit(arguments: argparse.Namespace) -> int:
     key = keys.load(arguments.key) if arguments.key else None
     plan = parse_plan(files[PLAN], name=PLAN)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    output = arguments.output or (_beside(arguments.file, key.key_id, seed) if key else None)
+    if output:
+        require_writable(output)  # not found out after the training
     drawn = audit.draw(plan, arms=asked[0], segments=asked[1], seed=seed)
     differing = audit.mismatches(plan, drawn, arguments.checkpoint)
     cost, share = audit.cost(plan, drawn, workers=arguments.workers)
@@ -123,7 +126,6 @@ def _audit(arguments: argparse.Namespace) -> int:
             plan, drawn, audited, files=files, folder=folder, asked=asked, differing=differing, finished_at=now()
         )
     statement = sign_audit(said, manifest_sha256=sha256_hex(files[MANIFEST]), key=key)
-    output = arguments.output or (_beside(arguments.file, key.key_id, seed) if key else None)
     if output:
         write_atomically(output, statement)
     if arguments.json:

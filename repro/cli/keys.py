@@ -39,16 +39,19 @@ def _new(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from records import canonical, keys
-    from records.errors import UsageError
+    from records.errors import MalformedError, UsageError
 
     try:
         value = canonical.loads(arguments.path.read_bytes())
+        if isinstance(value, dict) and value.get("schema") == keys.PRIVATE_SCHEMA:
+            found = [keys.load(arguments.path).public]
+        else:
+            found = keys.parse_public_keys(canonical.dumps(value), source="file")
     except OSError as error:
         raise UsageError(f"cannot read {arguments.path}: {error.strerror or error}") from None
-    private = isinstance(value, dict) and value.get("schema") == keys.PRIVATE_SCHEMA
-    found = (
-        [keys.load(arguments.path).public] if private else keys.parse_public_keys(canonical.dumps(value), source="file")
-    )
+    except MalformedError as error:
+        named = str(error).startswith(f"{arguments.path}: ")
+        raise MalformedError(str(error) if named else f"{arguments.path}: {error}") from None
     for key in found:
         print(json.dumps(key.to_json()))
     return 0

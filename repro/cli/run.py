@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Subparsers = Any  # argparse gives this type no public name
 
+MAX_SEEDS = 10_000  # far beyond any run; what is more is a slip, and would fill the memory with its plan
+
 # Imports lie inside the commands: `repro verify` builds this parser too, and must start in milliseconds.
 
 
@@ -69,7 +71,9 @@ def add_parser(commands: Subparsers) -> None:
 def _add_plan_arguments(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
     command.add_argument("paper", metavar="PAPER", nargs="?" if optional else None)
     command.add_argument("--scale", default="nano", help="smoke, nano, small, base or paper (default: nano)")
-    command.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the paper's for the scale)")
+    command.add_argument(
+        "--seeds", type=_seeds, metavar="N", help="number of seeds (default: the paper's for the scale)"
+    )
     command.add_argument(
         "--claims", metavar="IDS", help="comma-separated claims or suites, or all (default: the scale's own)"
     )
@@ -89,6 +93,12 @@ def positive(text: str) -> int:
     """A whole number of at least 1, as an option gives it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _seeds(text: str) -> int:
+    if positive(text) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"expected a number of at most {MAX_SEEDS}, found {text!r}")
     return int(text)
 
 

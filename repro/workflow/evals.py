@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from records import canonical
-from records.errors import ReproError
+from records.errors import ReproError, UsageError
 from records.package import write_atomically
 from repro.config import is_decimal
 from repro.trace import check_chain, genesis
@@ -20,10 +20,13 @@ FOLDER, SCHEMA = "evals", "repro.eval/v1"
 
 
 def record(run: Path, result: Mapping[str, Any]) -> Path:
-    """Writes the result under its own digest; returns the file."""
+    """Writes the result under its own digest; returns the file. Raises UsageError where the run cannot be written."""
     data = canonical.dumps(dict(result))
     path = run / FOLDER / f"{canonical.sha256_hex(data)[:16]}.json"
-    path.parent.mkdir(exist_ok=True)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path.parent}: {error.strerror}") from error
     write_atomically(path, data)
     return path
 

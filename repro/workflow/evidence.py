@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from records import canonical
-from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError
+from records.errors import InvalidError, MalformedError, ReproError, UnsupportedError, UsageError
 from repro.config import decimal_string, is_decimal
 from repro.judge import ArmEvidence
 from repro.trace import Probe, check_chain, genesis
@@ -45,9 +45,12 @@ class Loaded:
 
 
 def read_directory(folder: Path) -> dict[str, bytes]:
-    """Files of a run directory that count as evidence, by their path within it."""
+    """Files of a run directory that count as evidence, by their path within it; UsageError where one is unreadable."""
     names = [*folder.glob("segments/*/*.jsonl"), *folder.glob("arms/*/*.jsonl")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(names)}
+    try:
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(names)}
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def load(plan: Mapping[str, Any], files: Mapping[str, bytes]) -> Loaded:

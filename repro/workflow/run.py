@@ -93,11 +93,18 @@ def start(
     """Holds the run directory `folder` for `plan` while the context lasts; a new one gets the files `beside`, too.
 
     Raises:
-        UsageError: the folder holds a run and `resume` is not asked for, holds another plan's run, is in use by
-            another process, or cannot be written.
+        UsageError: the folder holds a run and `resume` is not asked for, holds another plan's run or other files, is in
+            use by another process, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "plan.json").exists():
+            ours = {".lock", *(beside or {})}  # what a start that was killed leaves, and files on their way
+            foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".part")
+            if foreign:
+                raise UsageError(
+                    f"{folder}: expected no folder, an empty one or a run, found {foreign[0]!r}; choose another --out"
+                )
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error

@@ -86,7 +86,7 @@ def test_no_command_is_usage():
 
 def test_unknown_names():
     refused(2, "claims", "bert", message="unknown paper 'bert': expected one of emo, emoe")
-    refused(2, "run", "emoe", "--claims", "A1,Z7", message="unknown claim 'z7'")
+    refused(2, "run", "emoe", "--claims", "A1,Z7", message="unknown claim 'Z7'")
     refused(2, "run", "emoe", "--scale", "huge", message="unknown scale 'huge'")
     refused(2, "plan", "emoe", "--scale", "smoke", "--device", "cuda", message="run with --device cpu")
     refused(2, "judge", "/nonexistent", message="expected a run directory")
