@@ -43,7 +43,7 @@ _TRAIN_COUNTS = ("steps", "batch", "context", "trace_every", "hash_every")
 _MODEL_COUNTS = ("num_experts", "num_layers", "dense_layers")
 
 # How far a traced loss (nats/token) may lie from this run's where the NumericEnvironment differs, so that weights
-# cannot be bitwise equal: four times the largest seed-to-seed sd seen at nano, where another seed differs in all.
+# cannot be bitwise equal: over four times the common seed-to-seed sd at nano, where another seed differs in all.
 LOSS_TOLERANCE = 0.08
 
 
