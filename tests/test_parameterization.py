@@ -247,6 +247,34 @@ def test_coordinates_add_up_and_leave_the_model_as_it_was():
     assert doubled.propagating == 0.0
 
 
+@torch.no_grad()
+def test_coordinates_are_the_sums_that_the_paper_defines():
+    config = parameterize(MLP_BASE, "mup", regime="II", base=replace(MLP_BASE, d_model=8, num_experts=2, top_k=1))
+    first, now = make_model(config), make_model(config)
+    for parameter in now.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    text = corpus.load("classification")
+    tokens_BS, targets_BS = evaluation_windows(text.held_out, tokens=65 * 32, context=65)
+    (found,) = coordinates(first, now, tokens_BS, targets_BS)
+    x_TI = (tokens_BS[:, 1:].float() - 127.5) / ((256**2 - 1) / 12) ** 0.5
+    before_TD, after_TD = (nn.functional.gelu(x_TI @ model.w_in_ID) for model in (first, now))
+    logits_TE = after_TD @ now.ffn.router_ED.t()  # both sums have the gates of the model as it is
+    chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(config.top_k).indices, 1.0)
+    gate_TE = chosen_TE * logits_TE.sigmoid() * config.gate_scale
+    terms = {name: torch.zeros(32, 16) for name in ("init", "propagating", "effective")}
+    for expert in range(config.num_experts):
+        gate_T1, down_FD = gate_TE[:, expert, None], first.ffn.w_down_EFD[expert]
+        start_TF = nn.functional.gelu(before_TD @ first.ffn.w_up_EDF[expert])
+        moved_TF = nn.functional.gelu(after_TD @ now.ffn.w_up_EDF[expert])
+        terms["init"] += gate_T1 * (start_TF @ down_FD)
+        terms["propagating"] += gate_T1 * ((moved_TF - start_TF) @ down_FD)
+        terms["effective"] += gate_T1 * (moved_TF @ (now.ffn.w_down_EFD[expert] - down_FD))
+    for name, term_TD in terms.items():
+        assert getattr(found, name) == pytest.approx(float(term_TD.square().mean().sqrt()), rel=1e-4), name
+    logits = sum(terms.values()) @ now.unembedding_VD.t()  # and together they are the layer's output
+    assert torch.allclose(logits, now(tokens_BS).logits_BSV[:, 0], atol=1e-5)
+
+
 class Stranger(nn.Module):
     """Somebody's own MoE: other names, other layout, softmax over nothing."""
 

@@ -1,5 +1,6 @@
 """MSSP's arms: sizes by regime, what a plan's claims need, base equality as data, and coordinates of trained models."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 import papers.mssp as mssp
 from papers.mssp.settings import SETTINGS, grown
+from papers.mssp.slopes import after, slopes
 from records.errors import UsageError
 from repro.cli import main
 from repro.data import corpus
@@ -18,6 +20,7 @@ from repro.judge import ArmEvidence
 from repro.mlp import make_model
 from repro.parameterization import scales, sizes_of
 from repro.report.figures import Courses, draw
+from repro.stats import slope
 from repro.train import Mechanism, train_segment
 
 START = "11" * 32
@@ -110,6 +113,25 @@ def test_coordinates_of_a_trained_arm(arms, tmp_path, name):
             f"t{step}/{term}" for term in ("init", "propagating", "effective", "router", "gradient", "backward")
         } <= set(found)
     assert found["t5/effective"] > found["t2/effective"]
+
+
+def test_slopes_are_of_what_the_arms_measure(arms, tmp_path):
+    smoke = SETTINGS["smoke"]
+    found = course(arms["check-tied-II-x2"], tmp_path)
+    terms = after(2, "tied", "II", 16, 0, setting=smoke)
+    assert terms == {term: found[f"t2/{term}"] for term in terms}
+    assert len(terms) == 6
+    assert set(after(0, "tied", "II", 16, 0, setting=smoke)) == {"init", "router"}  # the readout is zero
+    wider = {"d_expert": 8, "widths": (8, 16), "setting": smoke}
+    three = slopes("mup", "III", seeds=(0, 1, 2), **wider)["effective"]
+    alone = [slopes("mup", "III", seeds=(seed,), **wider)["effective"] for seed in range(3)]
+    assert three.mean == pytest.approx(sum(one.mean for one in alone) / 3)
+    assert three.error == pytest.approx(sum((one.mean - three.mean) ** 2 for one in alone) ** 0.5 / 6**0.5)
+    assert all(math.isnan(one.sd) for one in alone)
+    base = dataclasses.replace(smoke.mlp["III"], d_expert=8)
+    values = [after(2, "mup", "III", width, 0, setting=smoke, base=base)["effective"] for width in (8, 16)]
+    assert alone[0].mean == pytest.approx(slope((8, 16), values))
+    assert alone[0].mean != slopes("mup", "III", seeds=(0,), widths=(8, 16), setting=smoke)["effective"].mean
 
 
 def test_sgd_and_base_arms_give_a_loss_alone(arms, tmp_path):
