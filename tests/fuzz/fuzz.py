@@ -64,6 +64,9 @@ def main() -> int:
 
     names = arguments.targets.split(",") if arguments.targets else list(TARGETS)
     if arguments.replay:
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (4 * MEGABYTES * 2**20,) * 2
+        )  # what it finds must not take the machine along
         run(TARGETS[names[0]], arguments.replay.read_bytes())
         return 0
     found = 0

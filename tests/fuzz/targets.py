@@ -80,14 +80,14 @@ def edited(value: Any, choices: Choices) -> Any:
             if name in other if isinstance(other, dict) else name < len(other):
                 holder[key] = copy.deepcopy(other[name])
         elif action == 3 and isinstance(holder, dict):
-            holder[choices.take(3).decode("latin-1")] = holder[key]
+            holder[choices.take(3).decode("latin-1")] = copy.deepcopy(holder[key])
         elif action == 4 and isinstance(holder[key], str):
             at = choices.below(len(holder[key]) + 1)
             holder[key] = holder[key][:at] + choices.take(2).decode("latin-1") + holder[key][at + choices.below(3) :]
         elif action == 5 and type(holder[key]) is int:
             holder[key] += choices.below(512) - 256
         elif action == 6:
-            deep: Any = _VALUES[choices.below(len(_VALUES))]
+            deep = copy.deepcopy(_VALUES[choices.below(len(_VALUES))])
             for _ in range(choices.below(70)):
                 deep = [deep]
             holder[key] = deep

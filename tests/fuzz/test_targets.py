@@ -4,12 +4,13 @@ import pytest
 
 pytest.importorskip("opentimestamps")
 
+import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "records"))
 
-from targets import AUDIT, PLAN, PROOF, SIGNED_PLAN, SMALL, TARGETS, Choices, edited, run
+from targets import _VALUES, AUDIT, PLAN, PROOF, SIGNED_PLAN, SMALL, TARGETS, Choices, edited, run
 
 from records import audit, keys
 from repro.workflow import audit as workflow_audit
@@ -37,3 +38,11 @@ def test_edits_change_documents_and_leave_the_original_alone():
     changed = [edited(PLAN, Choices(bytes(range(n, n + 24)))) for n in range(0, 200, 10)]
     assert repr(PLAN) == before
     assert sum(repr(value) != before for value in changed) > 15
+
+
+def test_edits_leave_the_values_alone_that_they_put_in():
+    """A list that was put in as it is could be put into itself by the next edit, and had parts without end."""
+    before, generator = repr(_VALUES), random.Random(0)
+    for _ in range(200):
+        edited({"a": {}, "b": []}, Choices(generator.randbytes(24)))
+        assert repr(_VALUES) == before
