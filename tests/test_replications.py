@@ -6,13 +6,15 @@ import pytest
 from command_line import ROOT
 
 from records import canonical, keys
+from records.audit import read_audit
 from records.package import read_bundle
+from repro.cli.evidence import merge
 from repro.report.table import BEGIN, END
 from repro.workflow.bundle import verify
 from repro.workflow.evidence import load
 from repro.workflow.jobs import jobs
 from repro.workflow.plan import parse_plan
-from repro.workflow.publish import readme_table
+from repro.workflow.publish import audits_of, readme_table
 
 PUBLISHED = sorted(ROOT.glob("papers/*/replications/*.repro.zip"))
 
@@ -34,6 +36,16 @@ def test_a_published_replication_verifies_and_judges_to_the_same(path: Path):
     assert run["code"]["commit"]
     outcome = canonical.loads(files["outcome.json"])
     assert not any("missing" in verdict["reason"] for verdict in outcome["verdicts"])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_replication_was_audited_and_agreed(path: Path):
+    """Each audit beside it is of this very bundle, drew what its seed draws, and found the same bytes in all of it."""
+    audits = [audit.read_bytes() for audit in audits_of(path)]
+    merged = merge(read_bundle(path), audits, keys.pinned())
+    assert audits
+    assert (merged.refused, merged.exit_code) == ((), 0)
+    assert {item["agreement"] for data in audits for item in read_audit(data).predicate["items"]} == {"bitwise"}
 
 
 def test_measures_without_each_segment_before_them_are_a_fault_and_no_crash():

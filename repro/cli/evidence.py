@@ -147,8 +147,9 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _beside(bundle: Path, key_id: str, seed: int) -> Path:
-    name = bundle.resolve().name.removesuffix(".zip").removesuffix(".repro")
-    return bundle.with_name(f"{name}.{key_id}-{seed}.audit.json")
+    from repro.workflow.publish import stem
+
+    return bundle.with_name(f"{stem(bundle)}.{key_id}-{seed}.audit.json")
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The README's table of published replications: claim, verdict, scale, evidence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -9,10 +10,22 @@ from records.errors import MalformedError
 BEGIN, END = "<!-- replications: begin -->", "<!-- replications: end -->"
 
 
-def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping[str, Any]]]) -> str:
-    """The table's Markdown from (path of the bundle, its plan, its outcome) in the order given."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A bundle by its path, its plan and outcome, and the paths of the audit statements beside it."""
+
+    path: PurePosixPath
+    plan: Mapping[str, Any]
+    outcome: Mapping[str, Any]
+    audits: Sequence[PurePosixPath] = ()
+
+
+def markdown(published: Sequence[Published]) -> str:
+    """The table's Markdown, in the order given."""
     lines = ["| paper | claim | verdict | scale | effect (95% interval) | evidence |", "|---|---|---|---|---|---|"]
-    for path, plan, outcome in published:
+    for item in published:
+        plan, outcome = item.plan, item.outcome
+        evidence = f"[{item.path.name}]({item.path})" + "".join(f", [audit]({audit})" for audit in item.audits)
         titles = {claim["id"]: claim["title"] for claim in plan["claims"]}
         slug = plan["paper"]["slug"].replace("_", "-")
         for verdict in outcome["verdicts"]:
@@ -24,7 +37,7 @@ def markdown(published: Sequence[tuple[PurePosixPath, Mapping[str, Any], Mapping
                 effect = "{} ({} to {}): {}".format(*(f"{float(n):+.4f}" for n in numbers), _escape(test["test"]))
             lines.append(
                 f"| {slug} | {verdict['claim']} {_escape(titles[verdict['claim']])} | **{verdict['verdict'].replace('_', ' ')}** "
-                f"| {plan['scale']}, {len(plan['seeds'])} seeds | {effect} | [{path.name}]({path}) |"
+                f"| {plan['scale']}, {len(plan['seeds'])} seeds | {effect} | {evidence} |"
             )
     return "\n".join(lines)
 

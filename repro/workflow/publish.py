@@ -1,6 +1,7 @@
 """What a run and published replications show people: report.html, single figures, an index of several, the README's table."""
 
 import csv
+import glob
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from repro.config import decode
 from repro.experiment import Figure
 from repro.judge import Evidence
 from repro.report import require_report
-from repro.report.table import markdown, replace_table
+from repro.report.table import Published, markdown, replace_table
 from repro.workflow.bundle import sound
 from repro.workflow.evidence import load, read_directory
 from repro.workflow.plan import parse_plan
@@ -121,8 +122,20 @@ def readme_table(root: Path) -> str:
         name = PurePosixPath(path.relative_to(root).as_posix())
         sound(files, target=str(name), trusted=keys.trusted_keys())
         plan = parse_plan(files["plan.json"], name=str(name))
-        published.append((name, plan, canonical.loads(files["outcome.json"])))
+        outcome = canonical.loads(files["outcome.json"])
+        audits = tuple(name.with_name(audit.name) for audit in audits_of(path))
+        published.append(Published(path=name, plan=plan, outcome=outcome, audits=audits))
     return markdown(published)
+
+
+def audits_of(bundle: Path) -> list[Path]:
+    """The audit statements that `repro audit` left beside a bundle."""
+    return sorted(bundle.parent.glob(f"{glob.escape(stem(bundle))}.*.audit.json"))
+
+
+def stem(bundle: Path) -> str:
+    """The beginning of what is named after a bundle: its file's name without `.repro.zip`."""
+    return bundle.resolve().name.removesuffix(".zip").removesuffix(".repro")
 
 
 def rewrite_readme(path: Path) -> None:

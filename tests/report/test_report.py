@@ -10,7 +10,7 @@ from records.errors import MalformedError
 from repro.experiment import Curve, Figure
 from repro.judge import ArmEvidence
 from repro.report.figures import Courses, _shares, differences, draw
-from repro.report.table import BEGIN, END, markdown, replace_table
+from repro.report.table import BEGIN, END, Published, markdown, replace_table
 from repro.trace import Probe
 
 FIGURE = Figure(title="t", x_label="k", y_label="loss", x=(1.0, 2.0), curves=(Curve(arm="a", metrics=("l1", "l2")),))
@@ -202,10 +202,13 @@ OUTCOME = {
 
 
 def test_the_tables_row():
-    table = markdown([(PurePosixPath("papers/x/replications/n.repro.zip"), PLAN, OUTCOME)])
+    folder = PurePosixPath("papers/x/replications")
+    published = Published(path=folder / "n.repro.zip", plan=PLAN, outcome=OUTCOME, audits=[folder / "n.k-5.audit.json"])
+    table = markdown([published])
     assert table.splitlines()[2:] == [
         "| equal-resource | X1 a is &lt;b> \\| c | **not replicated** | nano, 3 seeds | "
-        "+0.5000 (+0.2500 to +0.7500): a &lt; b | [n.repro.zip](papers/x/replications/n.repro.zip) |"
+        "+0.5000 (+0.2500 to +0.7500): a &lt; b | [n.repro.zip](papers/x/replications/n.repro.zip), "
+        "[audit](papers/x/replications/n.k-5.audit.json) |"
     ]
 
 
@@ -216,7 +219,7 @@ def test_the_test_that_decides_stands_for_the_verdict():
             for i, result in enumerate(results)
         ]
         outcome = {"verdicts": [{"claim": "X1", "verdict": verdict, "tests": tests}]}
-        return markdown([(PurePosixPath("n.zip"), PLAN, outcome)])
+        return markdown([Published(path=PurePosixPath("n.zip"), plan=PLAN, outcome=outcome)])
 
     assert ": t0 |" in row("replicated", "holds", "holds")
     assert ": t1 |" in row("inconclusive", "holds", "fails")
