@@ -52,8 +52,8 @@ def parse_proof(proof: bytes) -> Any:
         context.assert_eof()
     except (serialize.DeserializationError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise MalformedError(f"timestamp: not a whole OpenTimestamps proof ({type(error).__name__})") from None
-    if found.file_hash_op.HASHLIB_NAME != "sha256":
-        raise MalformedError(f"timestamp: expected a proof over SHA-256, found {found.file_hash_op.HASHLIB_NAME}")
+    if found.file_hash_op.TAG_NAME != "sha256":
+        raise MalformedError(f"timestamp: expected a proof over SHA-256, found {found.file_hash_op.TAG_NAME}")
     return found
 
 

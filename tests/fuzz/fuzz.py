@@ -28,7 +28,7 @@ def one(name: str, rest: list[str]) -> None:
     """The process of one target; `rest` is for libFuzzer."""
     import atheris
 
-    with atheris.instrument_imports(include=["records", "repro"]):
+    with atheris.instrument_imports(include=["records", "repro", "opentimestamps"]):
         from targets import TARGETS, run
     target = TARGETS[name]
 

@@ -10,7 +10,7 @@ from records.timestamps import attach, check_proof, proof_path, read_headers
 
 pytest.importorskip("opentimestamps")
 from opentimestamps.core.notary import BitcoinBlockHeaderAttestation, PendingAttestation, UnknownAttestation
-from opentimestamps.core.op import OpSHA1
+from opentimestamps.core.op import OpKECCAK256, OpSHA1
 from timestamp_proofs import DATA, proof
 
 
@@ -97,6 +97,9 @@ def test_junk_is_no_proof(made):
 def test_what_else_is_no_proof_of_a_file():
     assert statuses(b"other bytes", proof(PendingAttestation("https://a.example")))[0][0] == "fail"
     assert "SHA-256, found sha1" in statuses(DATA, proof(PendingAttestation("https://a.example"), op=OpSHA1()))[0][1]
+    made = proof(PendingAttestation("https://a.example"))
+    keccak = made[:32] + OpKECCAK256.TAG + made[33:]  # the library has no hashlib name for it
+    assert "SHA-256, found keccak256" in statuses(DATA, keccak)[0][1]
     assert statuses(DATA, bytes(65 * 1024)) == [("fail", "timestamp: expected a proof of at most 65536 bytes")]
 
 
