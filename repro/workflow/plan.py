@@ -93,7 +93,8 @@ def make_plan(
         scale: smoke, nano, small, base or paper.
         seeds: number of seeds, counted from the design's first; by default the paper's own for the scale.
         claims: comma-separated ids or suites, whose arms alone are run; by default all claims but those that are
-            left out at this scale unless named, with the arms that only they need.
+            left out at this scale unless named. Where those of the default are all there, so are the arms that no claim
+            speaks of.
         device: cpu or cuda.
         checkpoint: folder of the public checkpoint to start from, where the paper's design does.
         dry: do with corpora and a checkpoint that are not at hand, with `NOT_AT_HAND` for a digest: enough for the cost.
@@ -113,7 +114,10 @@ def make_plan(
     environment = numeric_environment(device, layout)
     design = _design(paper_module(slug), scale, checkpoint, dry=dry)
     left_out = tuple(claim for claim in info.claim if claim not in selected)
-    arms, groups, figures = _needed(design, selected, left_out, named=claims is not None and bool(left_out))
+    own = [claim for claim in info.claim if scale not in claim.only_named]
+    arms, groups, figures = _needed(
+        design, selected, left_out, partly=not own or any(claim in left_out for claim in own)
+    )
     corpora = _corpora(arms, dry=dry)
     if all(digest != NOT_AT_HAND for digest in corpora.values()):
         _check_supply(arms)
@@ -329,20 +333,21 @@ def _can_be_probed(segment: Mapping[str, Any]) -> bool:
 
 
 def _needed(
-    design: Design, claims: tuple[Claim, ...], left_out: tuple[Claim, ...], *, named: bool
+    design: Design, claims: tuple[Claim, ...], left_out: tuple[Claim, ...], *, partly: bool
 ) -> tuple[tuple[Arm, ...], tuple[Group, ...], tuple[Figure, ...]]:
-    """Arms, groups and figures of `claims`; unless they were `named`, also those that no claim speaks of."""
+    """Arms, groups and figures of `claims`, and, unless these are the scale's own claims only `partly`, those that no claim
+    speaks of."""
     wanted = {name for claim in claims for name in claim.arms}
     elsewhere = {name for claim in left_out for name in claim.arms}
     suites = {claim.suite for claim in claims} - {claim.suite for claim in left_out}
     for figure in design.figures:
         if figure.suite:
             (wanted if figure.suite in suites else elsewhere).update(figure.arms)
-    if not named:
+    if not partly:
         wanted |= {group.id for group in design.groups} - elsewhere
     groups = tuple(group for group in design.groups if group.id in wanted)
     names = wanted | {arm for group in groups for arm in group.among}
-    if not named:
+    if not partly:
         elsewhere |= {arm for group in design.groups if group.id in elsewhere for arm in group.among}
         names |= {arm.id for arm in design.arms} - elsewhere
     arms = tuple(arm for arm in design.arms if arm.id in names)

@@ -154,7 +154,13 @@ def test_the_contest_and_the_sweeps_run_where_they_are_named():
     assert arms("contest") == {name for name in everything if name.startswith("c-")}
     assert not any(name.startswith(("c-", "pool", "at")) for name in arms(None))
     assert {"sparse", "weight-grad-25", "fixed-e-200"} <= arms(None)
-    assert {name for name in everything if name.startswith(("at", "pool"))} <= arms("sweeps")
+    sweeps = {name for name in everything if name.startswith(("at", "pool"))}
+    assert sweeps <= arms("sweeps")
+    own = ",".join(claim.id for claim in load_claims("expert-upcycling").claim if "nano" not in claim.only_named)
+    assert (
+        arms(f"{own},sweeps") == arms(None) | sweeps
+    )  # with the scale's own claims come the arms that no claim speaks of
+    assert "sparse" not in arms("U1,sweeps")
 
 
 @pytest.mark.parametrize("scale", SETTINGS)
