@@ -60,7 +60,7 @@ def test_a_claim_that_must_be_named_is_left_out_with_the_arms_that_only_it_needs
         ({"paper": "bert", "scale": "smoke"}, "unknown paper 'bert'"),
         ({"paper": "emoe", "scale": "huge"}, "unknown scale 'huge'"),
         ({"paper": "emoe", "scale": "smoke", "seeds": 0}, "at least 1, found 0"),
-        ({"paper": "emoe", "scale": "smoke", "claims": "Z9"}, "unknown claim 'z9'"),
+        ({"paper": "emoe", "scale": "smoke", "claims": "Z9"}, "unknown claim 'Z9'"),
         ({"paper": "emoe", "scale": "smoke", "device": "tpu"}, "unknown device 'tpu'"),
     ],
 )
