@@ -19,8 +19,9 @@ class _Rates:
     parameter: float  # seconds a step and parameter: its gradient's memory and its update
 
 
-# CPU: fitted to the step times of 46 shapes of five papers' nano plans (d 16 to 512, E 0 to 256, k 1 to 26; two processes
-# beside each other, one thread each), which it gives within -29% and +19%, with an sd of 10%. GPU: a guess until one was at hand.
+# CPU: fitted to step times of 46 shapes: 36 timed in two processes beside each other, one thread each (equal resource's arms at
+# nano, d 64 with E 4 to 256, d 128), and the 10 classifiers of MSSP's published run (d 64 to 512, E 8 to 128). It gives them
+# within -29% and +19%, with an sd of 10%. GPU: a guess until one was at hand.
 _CPU = _Rates(flops=89e9, step=1.66e-3, assignment=4.5e-7, logit=3.8e-8, parameter=1.9e-9)
 _GPU = _Rates(flops=250e12, step=10e-3, assignment=0.0, logit=0.0, parameter=0.0)
 TASK_SECONDS = 0.4  # a worker's start, its corpus and its checks

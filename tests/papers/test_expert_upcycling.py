@@ -157,9 +157,8 @@ def test_the_contest_and_the_sweeps_run_where_they_are_named():
     sweeps = {name for name in everything if name.startswith(("at", "pool"))}
     assert sweeps <= arms("sweeps")
     own = ",".join(claim.id for claim in load_claims("expert-upcycling").claim if "nano" not in claim.only_named)
-    assert (
-        arms(f"{own},sweeps") == arms(None) | sweeps
-    )  # with the scale's own claims come the arms that no claim speaks of
+    # with all of the scale's own claims come the arms that no claim speaks of
+    assert arms(f"{own},sweeps") == arms(None) | sweeps
     assert "sparse" not in arms("U1,sweeps")
 
 
