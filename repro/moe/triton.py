@@ -1,14 +1,14 @@
-"""The Triton backend: the experts in six kernels, with the backward of `repro.moe.cpu` and nothing that waits for the device.
+"""The Triton backend: the experts in seven launches, with the backward of `repro.moe.cpu` and nothing that waits for the device.
 
-- `_up`       gathers x, multiplies by gate and up, applies SwiGLU and the weight; keeps the pre-activation for the backward
-- `_rows`     multiplies each row by its expert's matrix and writes it to its place in token order (down, and dx)
-- `_combine`  sums each token's rows in slot order
-- `_d_hidden` dA', then dH, s·A and ds, the last as one partial sum a tile, added up in a fixed order
-- `_weights`  the gradient of a weight: one program owns each tile and walks the expert's rows in order
+- `up`        gathers x, multiplies by gate and up, applies SwiGLU and the weight; keeps the pre-activation for the backward
+- `down`, `dx`  multiply each row by its expert's matrix and write it to its place in token order
+- `combine`   sums each token's rows in slot order
+- `d_hidden`  dA', then dH, s·A and ds, the last as one partial sum a tile, added up in a fixed order
+- `dw_up`, `dw_down`  the gradient of a weight: one program owns each tile and walks the expert's rows in order
 
 No atomics, no split of a sum between programs: equal inputs give equal bits. A row of y or dx does not depend on the other
-rows of the batch, because tile sizes follow from the widths and the dtype alone. The number of experts is a plain argument,
-so a growing pool compiles nothing again. Products are summed in float32.
+rows of the batch, because tile sizes (`repro.moe.tiles`) follow from the widths and the dtype alone. The number of experts is a
+plain argument, so a growing pool compiles nothing again. Products are summed in float32.
 
 Run in float32 under TRITON_INTERPRET=1 by the tests (the interpreter's bfloat16 dot is wrong); tile sizes are not tuned yet.
 """
@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
+from repro.moe.tiles import Tile, Tiles, tiles_for
 
 
 def interpreted() -> bool:
@@ -54,59 +55,50 @@ def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) 
     return y_TD
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Rows, columns and depth of a tile, and how many warps and pipeline stages work on it."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def tiles_for(d_model: int, d_expert: int, dtype: torch.dtype) -> Tiles:
-    """The tile sizes for these widths: a frozen choice, so that a result never depends on what ran before it."""
-    if interpreted():
-        return Tiles(rows=16, cols=32, depth=16, warps=4, stages=1)
-    if dtype == torch.float32:
-        return Tiles(rows=64, cols=64, depth=32, warps=4, stages=2)
-    if min(d_model, d_expert) < 128:
-        return Tiles(rows=64, cols=64, depth=64, warps=4, stages=3)
-    return Tiles(rows=128, cols=128, depth=64, warps=8, stages=3)
+# Small, for the interpreter's time goes with the tile: rows and columns that differ find what a square would hide.
+_SMALL = Tile(rows=16, cols=32, depth=16, warps=4, stages=1)
+_INTERPRETED = Tiles(
+    up=_SMALL,
+    down=_SMALL,
+    combine=Tile(rows=1, cols=128, depth=1, warps=4, stages=1),
+    d_hidden=Tile(rows=16, cols=16, depth=16, warps=4, stages=1),
+    dx=_SMALL,
+    dw_up=_SMALL,
+    dw_down=_SMALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Which rows each tile of rows holds, for any number of programs; made on the device, read by the kernels."""
+class Plan:
+    """A routing as the launches read it, all of it on the device."""
 
-    tiles: Tiles
     token_N: Tensor  # in expert-major order, like all rows below
     order_N: Tensor
     by_token: Tensor
     by_expert: Tensor
-    tile_expert: Tensor  # -1 past the last tile
-    tile_first: Tensor
+    maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def tiles_of(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Expert (-1 past the last tile) and first row of each tile of `rows` rows; made once.
+
+        As many tiles as could be needed for any load, N/rows and one more an expert, so that nobody has to count them.
+        """
+        if rows not in self.maps:
+            E = self.by_expert.numel() - 1
+            most = self.token_N.numel() // rows + E
+            expert, first = (self.by_expert.new_empty(most) for _ in range(2))
+            _kernels()._map[(E + 1,)](self.by_expert, expert, first, E, most, ROWS=rows, BE=1024, BT=128)
+            self.maps[rows] = (expert, first)
+        return self.maps[rows]
 
 
-def _plan(routing: Routing, tiles: Tiles) -> _Plan:
-    """As many tiles as could be needed for any load, N/rows and one more an expert, so that nobody has to count them."""
-    loads_E = routing.load_E
-    tiles_E = (loads_E + (tiles.rows - 1)) // tiles.rows
-    ends_E = tiles_E.cumsum(0)
-    most = routing.token_N.numel() // tiles.rows + routing.num_experts
-    tile = torch.arange(most, device=loads_E.device)
-    expert = torch.searchsorted(ends_E, tile, right=True)
-    inside = expert.clamp(max=routing.num_experts - 1)
-    first = routing.by_expert[inside] + (tile - (ends_E - tiles_E)[inside]) * tiles.rows
-    return _Plan(
-        tiles=tiles,
+def plan(routing: Routing) -> Plan:
+    """What the launches need of a routing."""
+    return Plan(
         token_N=routing.token_N[routing.order_N],
         order_N=routing.order_N,
         by_token=routing.by_token,
         by_expert=routing.by_expert,
-        tile_expert=torch.where(tile < ends_E[-1], expert, -1),
-        tile_first=first,
     )
 
 
@@ -116,14 +108,13 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_N: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor, routing: Routing
     ) -> Tensor:
         F, D = w_down_EFD.shape[1:]
-        plan = _plan(routing, tiles_for(D, F, x_TD.dtype))
+        tiles = _INTERPRETED if interpreted() else tiles_for(D, F, x_TD.dtype)
+        ours = plan(routing)
         s_N = weight_N[routing.order_N].float()
-        N = s_N.numel()
-        h_NF, a_NF = x_TD.new_empty(N, 2 * F), x_TD.new_empty(N, F)
-        _launch(_kernels()._up, plan, F, plan.tiles.cols, x_TD, w_up_EDF, h_NF, a_NF, s_N, D=D, F=F)
-        y_TD = _rows_to_tokens(plan, a_NF, w_down_EFD, D, transposed=False)
+        h_NF, a_NF = up(ours, tiles.up, x_TD, w_up_EDF, s_N)
+        y_TD = combine(ours, tiles.combine, down(ours, tiles.down, a_NF, w_down_EFD))
         ctx.save_for_backward(x_TD, h_NF, s_N, w_up_EDF, w_down_EFD)
-        ctx.plan, ctx.weight_dtype = plan, weight_N.dtype
+        ctx.plan, ctx.tiles, ctx.weight_dtype = ours, tiles, weight_N.dtype
         return y_TD
 
     @staticmethod
@@ -131,41 +122,79 @@ class _Experts(torch.autograd.Function):
         dy_TD = grads[0].contiguous()
         x_TD, h_NF, s_N, w_up_EDF, w_down_EFD = ctx.saved_tensors
         need_x, need_s, need_up, need_down = ctx.needs_input_grad[:4]
-        plan: _Plan = ctx.plan
-        F, D = w_down_EFD.shape[1:]
-        N = s_N.numel()
+        ours: Plan = ctx.plan
+        tiles: Tiles = ctx.tiles
         # The weights' gradients need dH and s·A; one kernel gives both, and ds.
-        dh_NF, a_NF = torch.empty_like(h_NF), x_TD.new_empty(N, F)
-        # Half as wide as the others' tiles: beside the sum it holds h, s·A and dH, which would not fit the registers.
-        cols = plan.tiles.cols // 2
-        partial_NP = s_N.new_empty(N, _ceil(F, cols))
-        _launch(_kernels()._d_hidden, plan, F, cols, dy_TD, w_down_EFD, h_NF, s_N, dh_NF, a_NF, partial_NP, D=D, F=F)
-        dx_TD = _rows_to_tokens(plan, dh_NF, w_up_EDF, D, transposed=True) if need_x else None
-        dweight_N = partial_NP.sum(1).to(ctx.weight_dtype) if need_s else None
-        dw_up_EDF = _weight_gradient(plan, x_TD, dh_NF, w_up_EDF, left_by_token=True) if need_up else None
-        dw_down_EFD = _weight_gradient(plan, a_NF, dy_TD, w_down_EFD, left_by_token=False) if need_down else None
+        dh_NF, a_NF, ds_N = d_hidden(ours, tiles.d_hidden, dy_TD, w_down_EFD, h_NF, s_N)
+        dx_TD = combine(ours, tiles.combine, dx(ours, tiles.dx, dh_NF, w_up_EDF)) if need_x else None
+        dweight_N = ds_N.to(ctx.weight_dtype) if need_s else None
+        dw_up_EDF = dw_up(ours, tiles.dw_up, x_TD, dh_NF, w_up_EDF) if need_up else None
+        dw_down_EFD = dw_down(ours, tiles.dw_down, a_NF, dy_TD, w_down_EFD) if need_down else None
         return dx_TD, dweight_N, dw_up_EDF, dw_down_EFD, None
 
 
-def _rows_to_tokens(plan: _Plan, rows_NI: Tensor, w: Tensor, D: int, transposed: bool) -> Tensor:
-    """Each row times its expert's matrix, or the matrix transposed, summed by token: (T, D)."""
-    N, inner = rows_NI.shape
-    out_ND = rows_NI.new_empty(N, D)
-    strides = {"STRIDE_IN": 1, "STRIDE_OUT": inner} if transposed else {"STRIDE_IN": D, "STRIDE_OUT": 1}
-    _launch(_kernels()._rows, plan, D, plan.tiles.cols, rows_NI, w, out_ND, IN=inner, OUT=D, **strides)
-    T = plan.by_token.numel() - 1
-    y_TD = rows_NI.new_empty(T, D)
-    width = 128
-    _kernels()._combine[(T, _ceil(D, width))](out_ND, y_TD, plan.by_token, D=D, WIDTH=width, num_warps=4)
+def up(plan: Plan, tile: Tile, x_TD: Tensor, w_up_EDF: Tensor, s_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The pre-activation (N, 2F) of each row, and its activation (N, F) times its weight."""
+    N, D, F = s_N.numel(), x_TD.shape[1], w_up_EDF.shape[2] // 2
+    h_NF, a_NF = x_TD.new_empty(N, 2 * F), x_TD.new_empty(N, F)
+    _over_rows(_kernels()._up, plan, tile, F, x_TD, w_up_EDF, h_NF, a_NF, s_N, D=D, F=F)
+    return h_NF, a_NF
+
+
+def down(plan: Plan, tile: Tile, a_NF: Tensor, w_down_EFD: Tensor) -> Tensor:
+    """Each row's output (N, D), in token order."""
+    F, D = w_down_EFD.shape[1:]
+    out_ND = a_NF.new_empty(a_NF.shape[0], D)
+    strides = {"STRIDE_IN": D, "STRIDE_OUT": 1}
+    _over_rows(_kernels()._rows, plan, tile, D, a_NF, w_down_EFD, out_ND, IN=F, OUT=D, **strides)
+    return out_ND
+
+
+def combine(plan: Plan, tile: Tile, out_ND: Tensor) -> Tensor:
+    """Sum (T, D) of each token's rows, which lie in token order."""
+    T, D = plan.by_token.numel() - 1, out_ND.shape[1]
+    y_TD = out_ND.new_empty(T, D)
+    grid = (T, _ceil(D, tile.cols))
+    _kernels()._combine[grid](out_ND, y_TD, plan.by_token, D=D, WIDTH=tile.cols, num_warps=tile.warps)
     return y_TD
 
 
-def _weight_gradient(plan: _Plan, a: Tensor, b: Tensor, like_EIJ: Tensor, left_by_token: bool) -> Tensor:
+def d_hidden(
+    plan: Plan, tile: Tile, dy_TD: Tensor, w_down_EFD: Tensor, h_NF: Tensor, s_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH (N, 2F), s·A (N, F), and the gradient of the routing's weights (N) in token order and float32."""
+    N, (F, D) = s_N.numel(), w_down_EFD.shape[1:]
+    dh_NF, a_NF = torch.empty_like(h_NF), h_NF.new_empty(N, F)
+    partial_NP = s_N.new_empty(N, _ceil(F, tile.cols))
+    _over_rows(_kernels()._d_hidden, plan, tile, F, dy_TD, w_down_EFD, h_NF, s_N, dh_NF, a_NF, partial_NP, D=D, F=F)
+    return dh_NF, a_NF, partial_NP.sum(1)
+
+
+def dx(plan: Plan, tile: Tile, dh_NF: Tensor, w_up_EDF: Tensor) -> Tensor:
+    """Each row's part (N, D) of its token's gradient, in token order."""
+    D, twice_F = w_up_EDF.shape[1:]
+    out_ND = dh_NF.new_empty(dh_NF.shape[0], D)
+    strides = {"STRIDE_IN": 1, "STRIDE_OUT": twice_F}
+    _over_rows(_kernels()._rows, plan, tile, D, dh_NF, w_up_EDF, out_ND, IN=twice_F, OUT=D, **strides)
+    return out_ND
+
+
+def dw_up(plan: Plan, tile: Tile, x_TD: Tensor, dh_NF: Tensor, w_up_EDF: Tensor) -> Tensor:
+    """The gradient (E, D, 2F) of the first weights."""
+    return _weight_gradient(plan, tile, x_TD, dh_NF, w_up_EDF, left_by_token=True)
+
+
+def dw_down(plan: Plan, tile: Tile, a_NF: Tensor, dy_TD: Tensor, w_down_EFD: Tensor) -> Tensor:
+    """The gradient (E, F, D) of the second weights."""
+    return _weight_gradient(plan, tile, a_NF, dy_TD, w_down_EFD, left_by_token=False)
+
+
+def _weight_gradient(plan: Plan, tile: Tile, a: Tensor, b: Tensor, like_EIJ: Tensor, left_by_token: bool) -> Tensor:
     """Σ over each expert's rows of aᵀ·b; one of the two is read by token, the other by row."""
     out_EIJ = torch.empty_like(like_EIJ)
     E, inner, outer = out_EIJ.shape
-    total = E * _ceil(inner, plan.tiles.rows) * _ceil(outer, plan.tiles.cols)
-    _kernels()._weights[(_programs(a, total),)](
+    total = E * _ceil(inner, tile.rows) * _ceil(outer, tile.cols)
+    _kernels()._weights[(_programs(a, tile, total),)](
         a,
         b,
         out_EIJ,
@@ -175,40 +204,40 @@ def _weight_gradient(plan: _Plan, a: Tensor, b: Tensor, like_EIJ: Tensor, left_b
         ROWS=inner,
         COLS=outer,
         LEFT_BY_TOKEN=left_by_token,
-        BI=plan.tiles.rows,
-        BJ=plan.tiles.cols,
-        BR=plan.tiles.depth,
-        num_warps=plan.tiles.warps,
-        num_stages=plan.tiles.stages,
+        BI=tile.rows,
+        BJ=tile.cols,
+        BR=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out_EIJ
 
 
-def _launch(kernel: Any, plan: _Plan, width: int, cols: int, *tensors: Tensor, **sizes: int) -> None:
-    """A persistent grid over tiles of rows times tiles of `cols` columns of a result of this width."""
-    tiles = plan.tiles
-    total = plan.tile_expert.numel() * _ceil(width, cols)
-    kernel[(_programs(tensors[0], total),)](
+def _over_rows(kernel: Any, plan: Plan, tile: Tile, width: int, *tensors: Tensor, **sizes: int) -> None:
+    """A persistent grid over tiles of rows times tiles of columns of a result of this width."""
+    tile_expert, tile_first = plan.tiles_of(tile.rows)
+    total = tile_expert.numel() * _ceil(width, tile.cols)
+    kernel[(_programs(tensors[0], tile, total),)](
         *tensors,
         plan.token_N,
         plan.order_N,
-        plan.tile_expert,
-        plan.tile_first,
+        tile_expert,
+        tile_first,
         plan.by_expert,
         total,
         **sizes,
-        BM=tiles.rows,
-        BN=cols,
-        BK=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        BM=tile.rows,
+        BN=tile.cols,
+        BK=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
 
 
-def _programs(tensor: Tensor, total: int) -> int:
+def _programs(tensor: Tensor, tile: Tile, total: int) -> int:
     if tensor.device.type != "cuda":
         return min(total, 3)
-    return min(total, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+    return min(total, tile.programs * torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
 def _ceil(a: int, b: int) -> int:

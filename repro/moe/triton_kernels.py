@@ -1,8 +1,8 @@
 """The kernels of `repro.moe.triton` and `repro.moe.triton_order`, which say what each one does.
 
-Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Every kernel of the
-experts but `_combine` is persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for
-T·D may exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
+Rows are assignments in expert-major order, `token` and `order` their token and their place in token order. Those of the experts
+that multiply are persistent: program p takes the tiles p, p + programs, … . Where a tile starts is a 64-bit offset, for T·D may
+exceed 2³¹; within a tile offsets are 32-bit, which halves the registers that they take.
 """
 
 # The decorators have no types, and a kernel's arguments are pointers and constants that only Triton understands.
@@ -10,6 +10,29 @@ T·D may exceed 2³¹; within a tile offsets are 32-bit, which halves the regist
 
 import triton
 import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_experts", "most"])
+def _map(by_expert, tile_expert, tile_first, num_experts, most, ROWS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr):
+    # One program an expert, which counts the tiles of those before it, and one for the places that are left over.
+    mine = tl.program_id(0)
+    before = tl.full((), 0, tl.int64)
+    for start in range(0, mine, BE):
+        e = start + tl.arange(0, BE)
+        inside = e < mine
+        load = tl.load(by_expert + e + 1, mask=inside, other=0) - tl.load(by_expert + e, mask=inside, other=0)
+        before += tl.sum((load + (ROWS - 1)) // ROWS, axis=0)
+    if mine < num_experts:
+        first = tl.load(by_expert + mine)
+        tiles = (tl.load(by_expert + mine + 1) - first + (ROWS - 1)) // ROWS
+        for done in range(0, tiles, BT):
+            tile = done + tl.arange(0, BT)
+            tl.store(tile_expert + before + tile, mine.to(tl.int64), mask=tile < tiles)
+            tl.store(tile_first + before + tile, first + tile * ROWS, mask=tile < tiles)
+    else:
+        for place in range(before, most, BT):
+            left = place + tl.arange(0, BT)
+            tl.store(tile_expert + left, -1, mask=left < most)
 
 
 @triton.jit(do_not_specialize=["total"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repro.moe import MoEMemoryError, Routing, RoutingError, TopK, apply_experts, cpu, experts
+from repro.moe import MoEMemoryError, Routing, RoutingError, TopK, apply_experts, cpu, experts, triton
 
 FAST = ["cpu", "grouped"]
 # Triton's interpreter runs the kernels without a GPU; up to 3.6 it cannot count with numpy 2.4's arrays.
@@ -261,6 +261,23 @@ def test_triton_orders_skip_empty_slots() -> None:
     routing = Routing.from_slots(expert_TK, torch.ones(4, 2), 4, kernels=True)
     assert routing.token_N[routing.order_N].tolist() == [2, 3, 0, 2, 3]
     assert routing.by_expert.tolist() == [0, 1, 2, 5, 5]
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="triton is not there, or cannot be interpreted")
+@pytest.mark.parametrize("loads", [[0, 33, 16, 0, 1], [0, 0], [5], [1] * 1100, [0] * 1030 + [70] + [2] * 60])
+@pytest.mark.parametrize("rows", [16, 32])
+def test_triton_maps_tiles_to_experts(loads: list[int], rows: int) -> None:
+    slots = [[expert] for expert, load in enumerate(loads) for _ in range(load)]
+    expert_TK = torch.tensor(slots, dtype=torch.int64).view(-1, 1)
+    plan = triton.plan(Routing.from_slots(expert_TK, torch.ones(len(slots), 1), len(loads)))
+    expected = [
+        (expert, sum(loads[:expert]) + start) for expert, load in enumerate(loads) for start in range(0, load, rows)
+    ]
+    expert, first = (z.tolist() for z in plan.tiles_of(rows))
+    assert len(expert) == sum(loads) // rows + len(loads)
+    assert list(zip(expert, first, strict=True))[: len(expected)] == expected
+    assert set(expert[len(expected) :]) <= {-1}
+    assert plan.tiles_of(rows) is plan.tiles_of(rows)
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("triton")), reason="triton is installed")

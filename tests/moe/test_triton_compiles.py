@@ -6,9 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+import torch
+
+from repro.moe.tiles import LAUNCHES, tiles_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -18,34 +22,31 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from repro.moe import triton_kernels
-from repro.moe.triton import tiles_for
+from repro.moe.tiles import Tile
 
 D, F = int(sys.argv[1]), int(sys.argv[2])
-tiles = tiles_for(D, F, torch.bfloat16)
-widths = {"D": D, "F": F}
-tile = {"BM": tiles.rows, "BN": tiles.cols, "BK": tiles.depth}
-weight_tile = {"BI": tiles.rows, "BJ": tiles.cols, "BR": tiles.depth}
-kernels = {
-    "up": ("_up", widths | tile),
-    "down": ("_rows", {"IN": F, "OUT": D, "STRIDE_IN": D, "STRIDE_OUT": 1} | tile),
-    "dx": ("_rows", {"IN": 2 * F, "OUT": D, "STRIDE_IN": 1, "STRIDE_OUT": 2 * F} | tile),
-    "d_hidden": ("_d_hidden", widths | tile | {"BN": tiles.cols // 2}),
-    "dw_up": ("_weights", {"ROWS": D, "COLS": 2 * F, "LEFT_BY_TOKEN": True} | weight_tile),
-    "dw_down": ("_weights", {"ROWS": F, "COLS": D, "LEFT_BY_TOKEN": False} | weight_tile),
-    "combine": ("_combine", {"D": D, "WIDTH": 128}),
-}
-types = {"total": "i32", "s": "*fp32", "ds": "*fp32"}
-blocks = {"BN": 128}
-kernels |= {
-    "count": ("_count", blocks | {"BE": 32}),
-    "scan_blocks": ("_scan_blocks", {"BB": 64, "BE": 32}),
-    "scan_experts": ("_scan_experts", {"BE": 1024}),
-    "scatter": ("_scatter", blocks),
-}
-types |= dict.fromkeys(("count", "blocks", "num_experts"), "i32") | {"counts": "*i32", "loads": "*i32", "expert": "*i64"}
+types = {"total": "i32", "s": "*fp32", "ds": "*fp32", "counts": "*i32", "loads": "*i32", "expert": "*i64"}
+types |= dict.fromkeys(("count", "blocks", "num_experts", "most"), "i32")
 types |= dict.fromkeys(("token", "order", "tile_expert", "tile_first", "by_expert", "by_token"), "*i64")
-found = {}
-for name, (kernel, constants) in kernels.items():
+found = []
+for launch, *numbers in json.loads(sys.argv[3]):
+    tile = Tile(*numbers)
+    by_row = {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth}
+    by_weight = {"BI": tile.rows, "BJ": tile.cols, "BR": tile.depth}
+    kernel, constants = {
+        "up": ("_up", {"D": D, "F": F} | by_row),
+        "down": ("_rows", {"IN": F, "OUT": D, "STRIDE_IN": D, "STRIDE_OUT": 1} | by_row),
+        "dx": ("_rows", {"IN": 2 * F, "OUT": D, "STRIDE_IN": 1, "STRIDE_OUT": 2 * F} | by_row),
+        "d_hidden": ("_d_hidden", {"D": D, "F": F} | by_row),
+        "dw_up": ("_weights", {"ROWS": D, "COLS": 2 * F, "LEFT_BY_TOKEN": True} | by_weight),
+        "dw_down": ("_weights", {"ROWS": F, "COLS": D, "LEFT_BY_TOKEN": False} | by_weight),
+        "combine": ("_combine", {"D": D, "WIDTH": tile.cols}),
+        "map": ("_map", {"ROWS": tile.rows, "BE": 1024, "BT": 128}),
+        "count": ("_count", {"BN": 128, "BE": 32}),
+        "scan_blocks": ("_scan_blocks", {"BB": 64, "BE": 32}),
+        "scan_experts": ("_scan_experts", {"BE": 1024}),
+        "scatter": ("_scatter", {"BN": 128}),
+    }[launch]
     function = getattr(triton_kernels, kernel)
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
@@ -55,29 +56,38 @@ for name, (kernel, constants) in kernels.items():
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
     )
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    found[name] = {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
+    found.append({"launch": launch, "ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared})
 print(json.dumps(found))
 """
+PRODUCTS = {"up", "down", "dx", "d_hidden", "dw_up", "dw_down"}
+OTHERS = [(name, 128, 128, 64, 4, 1) for name in ("map", "count", "scan_blocks", "scan_experts", "scatter")]
 
 
-@pytest.mark.parametrize("widths", [(4096, 1024), (136, 72)])
-def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> None:
+def check(widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder: Path) -> None:
+    """Compile these launches and their tiles as for bfloat16 on an H200, and look at what came out."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    command = [sys.executable, "-c", COMPILE, *map(str, widths)]
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    command = [sys.executable, "-c", COMPILE, *map(str, widths), json.dumps(launches)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ptxas = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas"  # type: ignore[union-attr, arg-type]
-    for name, kernel in json.loads(done.stdout).items():
-        assert kernel["shared"] <= 227 * 1024, name  # what a program on an H200 may hold
-        assert not re.search(r"\b(atom|red)\.", kernel["ptx"]), name
-        products = {"up", "down", "dx", "d_hidden", "dw_up", "dw_down"}
-        assert ("wgmma" in kernel["ptx"]) == (name in products), name
-        source = tmp_path / f"{name}.ptx"
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == len(launches)
+    for kernel, launch in zip(kernels, launches, strict=True):
+        assert kernel["shared"] <= 227 * 1024, launch  # what a program on an H200 may hold
+        assert not re.search(r"\b(atom|red)\.", kernel["ptx"]), launch
+        assert ("wgmma" in kernel["ptx"]) == (kernel["launch"] in PRODUCTS), launch
+        source = folder / "kernel.ptx"
         source.write_text(kernel["ptx"])
         usage = subprocess.run(
             [ptxas, "-arch=sm_90a", "-v", source, "-o", os.devnull], capture_output=True, text=True, check=True
         )
-        assert " 0 bytes spill stores" in usage.stderr, (name, usage.stderr)
+        assert " 0 bytes spill stores" in usage.stderr, (launch, usage.stderr)
+
+
+@pytest.mark.parametrize("widths", [(4096, 1024), (136, 72)])
+def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> None:
+    tiles = tiles_for(*widths, torch.bfloat16)
+    check(widths, [(name, *astuple(getattr(tiles, name))) for name in LAUNCHES] + OTHERS, tmp_path)
