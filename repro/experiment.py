@@ -171,6 +171,7 @@ class Claim:
 
     `controls`: all must come out as expected, else the verdict is `inconclusive` whatever the tests say.
     `only_named`: scales at which a run leaves the claim out unless `--claims` names it, or the `suite` it belongs to.
+    `undecided`: what it means where neither passes nor fails hold, which the verdict's reason then adds.
     """
 
     id: str
@@ -186,6 +187,7 @@ class Claim:
     note: str = ""
     only_named: tuple[str, ...] = ()
     suite: str | None = None
+    undecided: str = ""
 
     def __post_init__(self) -> None:
         if set(self.only_named) - set(SCALES):
@@ -285,8 +287,10 @@ class Figure:
 
     `metrics` draws the curves' metrics against `x`; `closure` the share of the gap from `base` to `target` that they close,
     η, likewise (base and target have a metric, and perhaps an arm, for each x value too). With `fit`, `metrics` adds to each
-    curve of several arms the parabola in log x and where it is lowest (`optimum`), with their intervals. `cells` draws a row
-    for each of `names`: how far the curves' metrics lie above the base's, each curve having a metric and an arm for each row.
+    curve of several arms the parabola in log x and where it is lowest (`optimum`), with their intervals; with `reach`, where
+    the parabola through its lowest point and so many neighbours a side is (`vertex`), with its interval alone. `cells` draws
+    a row for each of `names`: how far the curves' metrics lie above the base's, each curve having a metric and an arm for
+    each row.
     `training` draws the traced loss of the curves' arms against tokens, `time` against measured seconds, `probe` the
     probed measure that a curve's one metric names (a list's mean) against tokens: a line each seed, with a mark wherever
     the pool grew or another part of the training began. `load` draws what the probes say of each expert's load, a map
@@ -304,6 +308,7 @@ class Figure:
     base: Curve | None = None
     target: Curve | None = None
     fit: bool = False
+    reach: int = 0
     names: tuple[str, ...] = ()
     suite: str | None = None
     log: Literal["", "x", "xy"] = ""
@@ -311,6 +316,10 @@ class Figure:
     def __post_init__(self) -> None:
         if self.fit and (self.kind != "metrics" or len(self.x) < 3 or min(self.x) <= 0):
             raise ValueError(f"figure {self.title!r}: a fit needs metrics over at least 3 x values, all above 0")
+        if self.reach and (self.fit or self.kind != "metrics" or len(self.x) < 3 or min(self.x) <= 0 or self.reach < 0):
+            raise ValueError(
+                f"figure {self.title!r}: a reach needs metrics over at least 3 x values, all above 0, and no fit beside it"
+            )
         if (self.kind == "closure") != (self.target is not None) or (self.kind in ("closure", "cells")) != (
             self.base is not None
         ):

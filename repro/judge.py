@@ -289,7 +289,8 @@ def _decide(
         return {"verdict": REPLICATED, "reason": "every pass criterion holds"}
     if any(holds["fail"]):
         return {"verdict": NOT_REPLICATED, "reason": "a fail criterion holds"}
-    return {"verdict": INCONCLUSIVE, "reason": "neither the pass nor the fail criterion holds"}
+    meaning = f": {claim.undecided}" if claim.undecided else ""
+    return {"verdict": INCONCLUSIVE, "reason": f"neither the pass nor the fail criterion holds{meaning}"}
 
 
 def _numbers(difference: Paired | GapClosure | Interval | None) -> dict[str, Any]:

@@ -78,6 +78,10 @@ def test_not_replicated():
 def test_neither_way_is_inconclusive():
     found = verdict(plan(), evidence(a=NOISILY_ABOVE, b=B, c=B))
     assert (found["verdict"], found["reason"]) == ("inconclusive", "neither the pass nor the fail criterion holds")
+    meant = claim(undecided="b moves as much")
+    found = verdict(plan(meant), evidence(a=NOISILY_ABOVE, b=B, c=B))
+    assert found["reason"] == "neither the pass nor the fail criterion holds: b moves as much"
+    assert "moves" not in verdict(plan(meant), evidence(a=CLEARLY_ABOVE, b=B, c=B))["reason"]
 
 
 def test_a_control_that_fails_spoils_the_claim():

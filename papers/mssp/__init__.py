@@ -11,7 +11,8 @@ there is no mechanism. Coordinates are measured on the model before, after 2 and
 Arms, by parameterization (`mup`, `mssp`, `sp`, and the two wrong fixes `tied` in II and `boosted` in III), regime and width:
 `check-*` (Adam, 5 steps, the classifier), `text-*` (the same, the transformer), `sgd-*` (the classifier for some 200 steps at a
 fixed base learning rate), `base-*` (all parameterizations at the base width), `sweep-*` (the transformer, by learning rate),
-`deep-*` (by depth, with CompleteP, or without: `plain`). `x4` is four times the base width. See README.md for deviations.
+`mlp-*` (the classifier, likewise), `deep-*` (by depth, with CompleteP, or without: `plain`). `x4` is four times the base width.
+See README.md for deviations.
 """
 
 import dataclasses
@@ -121,29 +122,49 @@ def _base(setting: Setting, regime: Regime, rule: Rule, anchor: int | None = Non
 
 
 def _sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
-    def arm(name: str, model: ModelConfig, rate: int, course: bool = False) -> Arm:
-        train = replace(sweep.train, lr=2.0**rate)
-        return _arm(
-            name, (Segment(model=model, train=train, corpus=sweep.corpus),), setting, tokens=262_144, course=course
-        )
+    def arm(name: str, model: ModelConfig, rate: int) -> Arm:
+        segment = Segment(model=model, train=replace(sweep.train, lr=2.0**rate), corpus=sweep.corpus)
+        return _arm(name, (segment,), setting, tokens=sweep.eval_tokens)
 
+    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
     for regime, base in sweep.base.items():
-        for rule in ("mup", "mssp", "sp"):
-            for width in sweep.widths:
-                model = parameterize(grown(base, regime, width), rule, regime=regime, base=base)
+        for rule in rules:
+            for width in sweep.widths_of(rule):
+                model = parameterize(
+                    grown(base, regime, width), rule, regime=regime, base=base, zero_readout=sweep.zero_readout
+                )
                 for rate in sweep.rates:
                     yield arm(f"sweep-{rule}-{regime}-{times(base, width)}-lr{rate}", model, rate)
+    yield from _mlp_sweep_arms(sweep, setting)
     base = replace(sweep.base["III"], num_layers=sweep.layers[0])
     for layers in sweep.layers:
         model = replace(base, num_layers=layers)
         for name, anchor in (("mssp", base), ("plain", model)):
-            scaled = parameterize(model, "mssp", regime="III", base=anchor)
+            scaled = parameterize(model, "mssp", regime="III", base=anchor, zero_readout=sweep.zero_readout)
             checked = replace(
                 setting, text={"III": anchor}, text_check=replace(setting.text_check, batch=4, context=base.context)
             )
             yield _check(f"deep-check-{name}-{layers}", checked, model, "mssp", "III")
-            for rate in sweep.rates:
-                yield arm(f"deep-{name}-{layers}-lr{rate}", scaled, rate)
+            if not sweep.swept_layers or (name == "mssp" and layers in sweep.swept_layers):
+                for rate in sweep.rates:
+                    yield arm(f"deep-{name}-{layers}-lr{rate}", scaled, rate)
+
+
+def _mlp_sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
+    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
+    for regime, base in sweep.mlp.items():
+        for rule in rules:
+            for width in sweep.widths_of(rule):
+                size = base.d_model * width // sweep.widths[0]
+                model = parameterize(
+                    grown(base, regime, size), rule, regime=regime, base=base, zero_readout=sweep.zero_readout
+                )
+                for rate in sweep.mlp_rates:
+                    assert sweep.mlp_train
+                    train = replace(sweep.mlp_train, lr=2.0**rate)
+                    segment = Segment(model=model, train=train, corpus="classification")
+                    name = f"mlp-{rule}-{regime}-{times(base, size)}-lr{rate}"
+                    yield _arm(name, (segment,), setting, tokens=setting.eval_tokens)
 
 
 def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> Iterator[tuple[str, float]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from papers.mssp.settings import CONTROLS, REGIMES, SGD_CONTROL, Setting, Sweep, times
 from repro.experiment import Curve, Figure
 from repro.model import ModelConfig
+from repro.parameterization import Rule
 
 _TERMS = ("init", "propagating", "effective", "gradient", "backward")
 
@@ -71,26 +72,35 @@ def _curves(
     )
 
 
+def sweeps(sweep: Sweep) -> Iterator[tuple[str, list[tuple[str, int]], tuple[int, ...]]]:
+    """What is swept: the beginning of the arms' names, the sizes (as the names say them, and in numbers), the rates."""
+    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
+    for kind, bases, rates in (("sweep", sweep.base, sweep.rates), ("mlp", sweep.mlp, sweep.mlp_rates)):
+        for regime, base in bases.items():
+            for rule in rules:
+                widths = [base.d_model * width // sweep.widths[0] for width in sweep.widths_of(rule)]
+                yield f"{kind}-{rule}-{regime}", [(times(base, width), width) for width in widths], rates
+    for name in ("mssp",) if sweep.swept_layers else ("mssp", "plain"):
+        yield f"deep-{name}", [(str(layers), layers) for layers in sweep.swept_layers or sweep.layers], sweep.rates
+
+
 def _sweep_figures(sweep: Sweep) -> Iterator[Figure]:
-    kinds = [
-        (f"sweep-{rule}-{regime}", [(times(base, width), width) for width in sweep.widths])
-        for regime, base in sweep.base.items()
-        for rule in ("mup", "mssp", "sp")
-    ]
-    depths = [(str(layers), layers) for layers in sweep.layers]
-    for stem, sizes in (*kinds, ("deep-mssp", depths), ("deep-plain", depths)):
+    for stem, sizes, rates in sweeps(sweep):
+        mlp, deep = stem.startswith("mlp"), stem.startswith("deep")
         yield Figure(
-            title=f"{stem}: held-out loss of the transformer against the learning rate",
+            title=f"{stem}: held-out loss of the {'classifier' if mlp else 'transformer'} against the learning rate",
             x_label="base learning rate",
-            y_label="held-out loss, nats/byte",
-            x=tuple(2.0**rate for rate in sweep.rates),
+            y_label="held-out loss, nats" if mlp else "held-out loss, nats/byte",
+            x=tuple(2.0**rate for rate in rates),
             curves=tuple(
                 Curve(
-                    arm=f"{'layers' if stem.startswith('deep') else 'width'} {size}",
-                    arms=tuple(f"{stem}-{name}-lr{rate}" for rate in sweep.rates),
-                    metrics=("loss",) * len(sweep.rates),
+                    arm=f"{'layers' if deep else 'width'} {size}",
+                    arms=tuple(f"{stem}-{name}-lr{rate}" for rate in rates),
+                    metrics=("loss",) * len(rates),
                 )
                 for name, size in sizes
             ),
             log="x",
+            reach=sweep.reach,
+            suite=sweep.suite,
         )

@@ -1,7 +1,7 @@
 """What each scale fixes for MSSP: the models at the base widths, the widths, and how they are trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from records.errors import UsageError
 from repro.data.corpus import RECORD_CLASSES, RECORD_INPUTS
@@ -22,7 +22,13 @@ AT = (2, 5)  # steps after which coordinates are taken, beside the start
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """Learning rates for the transformer by width (`regime`) and by depth; `layers` empty: no depth."""
+    """Learning rates for the transformer by width (`regime`) and by depth, and for the classifier by width if `mlp` has any.
+
+    `sp_widths` are the widths whose rates are swept for SP (empty: all), `swept_layers` the depths whose rates are swept, with
+    CompleteP alone (empty: all, and without it).
+    `zero_readout` is `parameterize`'s, `reach` that of the claims' fits. A `suite` is that of the figures: with one, their
+    arms are run where its claims are asked for, and not otherwise.
+    """
 
     base: Mapping[Regime, ModelConfig]
     widths: tuple[int, ...]
@@ -30,6 +36,19 @@ class Sweep:
     rates: tuple[int, ...]  # as powers of two
     train: TrainConfig
     corpus: str
+    eval_tokens: int = 262_144
+    sp_widths: tuple[int, ...] = ()
+    swept_layers: tuple[int, ...] = ()
+    mlp: Mapping[Regime, ModelConfig] = field(default_factory=dict)
+    mlp_rates: tuple[int, ...] = ()
+    mlp_train: TrainConfig | None = None
+    zero_readout: bool | None = None
+    reach: int = 1
+    suite: str | None = None
+
+    def widths_of(self, rule: Rule) -> tuple[int, ...]:
+        """Widths whose rates are swept, times the base's of the transformer."""
+        return (self.sp_widths if rule == "sp" else ()) or self.widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +104,30 @@ _SGD = replace(_CHECK, steps=200, optimizer="sgd", hash_every=100, checkpoint_ev
 _SWEEP = TrainConfig(
     steps=600, batch=64, context=256, lr=1.0, warmup=60, decay=0.2, betas=(0.9, 0.95), weight_decay=0.1, balance=0.0
 )
+_MLP_SWEEP = replace(_CHECK, steps=200, trace_every=100, hash_every=200, checkpoint_every=200)
+
+# At nano 4 experts of width 32 in III, not the paper's 2 of which one is active.
+_NANO_SWEEP = Sweep(
+    base={
+        "II": _text(64, d_expert=16, experts=16, head=16),
+        "III": _text(64, d_expert=32, experts=4, head=16),
+    },
+    widths=(64, 128, 256),
+    layers=(4, 8, 16),
+    rates=(-10, -9, -8, -7, -6, -5),
+    train=replace(
+        _SWEEP, steps=150, batch=8, context=64, warmup=15, trace_every=50, hash_every=150, checkpoint_every=150
+    ),
+    corpus="stdlib",
+    eval_tokens=32_768,
+    sp_widths=(64, 256),
+    swept_layers=(4, 16),
+    mlp={regime: _MLP[regime] for regime in ("II", "III")},
+    mlp_rates=(-10, -9, -8, -7, -6, -5),
+    mlp_train=_MLP_SWEEP,
+    zero_readout=False,
+    suite="sweep",
+)
 
 _NANO = Setting(
     mlp=_MLP,
@@ -98,6 +141,7 @@ _NANO = Setting(
     text_corpus="stdlib",
     seeds=3,
     eval_tokens=2_048 * (RECORD_INPUTS + 1),
+    sweep=_NANO_SWEEP,
 )
 SETTINGS = {
     "smoke": replace(
@@ -112,6 +156,22 @@ SETTINGS = {
         text_corpus="synthetic",
         seeds=2,
         eval_tokens=32 * (RECORD_INPUTS + 1),
+        sweep=replace(
+            _NANO_SWEEP,
+            base={
+                "II": _text(16, d_expert=4, experts=4, head=8, layers=1, context=16),
+                "III": _text(16, d_expert=8, experts=4, head=8, layers=1, context=16),
+            },
+            widths=(16, 32, 64),
+            train=replace(_NANO_SWEEP.train, steps=4, batch=4, context=16, warmup=1),
+            corpus="synthetic",
+            eval_tokens=1_024,
+            sp_widths=(16, 64),
+            mlp={
+                regime: replace(_MLP[regime], d_model=8, d_expert=4, num_experts=4, top_k=2) for regime in ("II", "III")
+            },
+            mlp_train=replace(_MLP_SWEEP, steps=4, batch=16),
+        ),
     ),
     "nano": _NANO,
     "small": replace(

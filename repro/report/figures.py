@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 
 from repro.experiment import Curve, Figure
 from repro.judge import Evidence
-from repro.stats import bootstrap, gap_closure, half_interval, optimum, parabola
+from repro.stats import FitError, bootstrap, gap_closure, half_interval, optimum, parabola, vertex
 from repro.trace import Probe
 
 # Okabe and Ito's palette: told apart with any colour vision; markers tell the curves apart without colour too.
@@ -26,6 +26,7 @@ _MAP_LAYERS = 4  # maps a row: of more layers, as many are drawn, from the first
 READING = {
     "metrics": "Thin lines: each seed; marks: mean and its 95% interval over seeds.",
     "fit": "Thin lines: each seed; marks: mean, 95% interval; dashed: parabola in log x, its 95% band, and its optimum's.",
+    "reach": "Thin lines: each seed; marks: mean, 95% interval; dashed: where the parabola around the lowest point is lowest.",
     "closure": "Thin lines: each seed; marks: the share that the sums over seeds close, and its 95% bootstrap interval.",
     "cells": "Small dots: each seed; marks: mean and its 95% interval over seeds.",
     **dict.fromkeys(
@@ -108,6 +109,8 @@ def _lines(
                 _diverged(axes, figure.x, lines, style, number)
             if figure.fit and curve.arms and lines:
                 _fit(axes, figure.x, lines, style)
+            if figure.reach and curve.arms:
+                _lowest(axes, figure.x, lines, style, figure.reach)
         elif figure.base and figure.target:
             paths = [_points(figure, part, chosen) for part in (figure.base, curve, figure.target)]
             found = [[_line(evidence, points, seed) for points in paths] for seed in seeds]
@@ -229,6 +232,21 @@ def _fit(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], style
         )
         best = bootstrap([optimum(x, line) for line in lines])
         axes.axvspan(2**best.low, 2**best.high, color=style.colour, alpha=0.12, linewidth=0)
+
+
+def _lowest(axes: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], style: _Style, reach: int) -> None:
+    """Where the parabola around each seed's lowest point is lowest: the mean over seeds and its 95% bootstrap interval.
+
+    Nothing where the fit of any seed is not to be had, as no verdict would rest on it either.
+    """
+    try:
+        found = [vertex(x, [math.inf if math.isnan(y) else y for y in line], reach=reach) for line in lines]
+    except FitError:
+        return
+    if len(found) > 1:
+        best = bootstrap(found)
+        axes.axvspan(2**best.low, 2**best.high, color=style.colour, alpha=0.12, linewidth=0)
+        axes.axvline(2**best.mean, color=style.colour, linestyle="--", linewidth=1)
 
 
 def _closure(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[Sequence[float]]], style: _Style) -> None:

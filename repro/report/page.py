@@ -124,7 +124,7 @@ def _plots(
             _Plot(
                 number=number,
                 title=figure.title,
-                reading=READING["fit" if figure.fit else figure.kind],
+                reading=READING["fit" if figure.fit else "reach" if figure.reach else figure.kind],
                 svg=Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)),  # noqa: S704
                 themed=themed,
                 home=shown[0] if shown else None,

@@ -68,6 +68,36 @@ def test_a_fit_is_drawn_with_its_band_and_the_interval_of_its_optimum():
         replace(sweep, x=(0.0, 1.0, 2.0))
 
 
+def test_a_vertex_is_drawn_where_every_seed_has_one():
+    arms = ("a", "b", "c", "d")
+    sweep = Figure(
+        title="t", x_label="x", y_label="y", x=(1.0, 2.0, 4.0, 8.0), log="x", reach=1,
+        curves=(Curve(arm="s", arms=arms, metrics=("m",) * 4),),
+    )  # fmt: skip
+
+    def drawn(figure, *rows):
+        some = {
+            (arm, seed): ArmEvidence(status="complete", weights="", metrics={"m": str(value)})
+            if value is not None
+            else ArmEvidence(status="diverged", weights="", metrics={})
+            for seed, row in enumerate(rows)
+            for arm, value in zip(arms, row, strict=True)
+        }
+        page = draw(figure, some, Courses(), seeds=range(len(rows)), chosen={}, labels={})
+        return page.count("stroke-dasharray")
+
+    plain = replace(sweep, reach=0)
+    within, other = (2.0, 1.0, 1.2, 9.0), (2.0, 1.1, 1.0, 9.0)
+    assert drawn(sweep, within, other) == drawn(plain, within, other) + 1
+    assert drawn(sweep, within, (2.0, 1.1, 1.2, None)) == drawn(plain, within, (2.0, 1.1, 1.2, None)) + 1
+    for lacking in ((1.0, 1.1, 2.0, 9.0), (2.0, 1.1, None, 9.0)):  # at the first x, and beside a diverged cell
+        assert drawn(sweep, within, lacking) == drawn(plain, within, lacking)
+    assert drawn(sweep, within) == drawn(plain, within)  # one seed has no interval
+    for wrong in ({"reach": -1}, {"fit": True}, {"x": (0.0, 1.0, 2.0, 4.0)}):
+        with pytest.raises(ValueError, match="a reach needs metrics over at least 3 x values"):
+            replace(sweep, **wrong)
+
+
 def test_training_curves_and_figures_over_arms():
     training = Figure(title="t", x_label="tokens", y_label="loss", curves=(Curve(arm="a"),), kind="training")
     losses = {("a", 0): [[(10, 3.0), (20, 2.5)], [(30, 2.7), (40, 2.2)]]}
