@@ -5,21 +5,26 @@ For each shape and way of routing, in turn, over several rounds whose order alte
 - `layer`: `repro.moe.MoE` as a user calls it, router included, with the backend `auto`
 - one of each backend that runs there: the experts alone, on a routing made beforehand
 - `torch`: `grouped_mm` composed by hand and differentiated by autograd, as torch's documentation would have one do
-- `transformers`, `transformers-eager`: that library's own experts on the same routing, by its grouped GEMMs and by its loop
-- `gemms`, on the CPU: the six GEMMs an expert of this routing, on rows in place and into memory at hand. What they cost beyond
-  `dense` is the price of many weights (reading them, writing their gradients, smaller products), which no layer can avoid
+- the libraries of `repro.bench.peers` that are installed
+- `gemms`: the six GEMMs an expert of this routing, on rows in place and into memory at hand, on a GPU in cuBLAS and replayed as a
+  graph. What they cost beyond `dense` is the price of many weights (reading them, writing their gradients, smaller products),
+  which no layer can avoid
+- on a GPU `layer-triton`, the layer with that backend, and `deterministic` forms of both layers, under the flags of training
 
 A ratio is taken within a round, so that a busy machine slows both of its sides; it is given as the median and the
 quartiles over rounds. On the CPU the clock is the process's own time on one thread, so other processes' turns do not
-count.
+count. On a GPU it is the device's: before each turn a buffer larger than its caches is overwritten, which leaves them cold and
+gives the host a head start of about a millisecond; where the host is slower than the device beyond that, its time is counted.
+
+Whoever computes the experts is first held against the loop (`difference`); who differs or fails is not timed, and named.
 """
 
-import importlib.util
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from records.errors import UsageError
+from repro.bench import peers
 from repro.moe import MoE, Routing, SwiGLU, TopK, apply_experts, triton
 from repro.moe.grouped import supports
 
@@ -38,7 +44,8 @@ class Shape:
     """What is measured. `load`: even; Zipf's law with exponent 1; 60% of the first choices to one expert; or `mixed`, even with
     a k for each token, drawn from 1 to `top_k`, where `dense` is as wide as the mean k makes it.
 
-    `goal` bounds the ratio of `layer` to `dense` that the project set itself; None where it set none.
+    `goal` bounds the ratio of `layer` to `dense` that the project set itself, `share` the part of the rate of `gemms` that
+    `triton` is to reach; None where it set none.
     """
 
     tokens: int
@@ -48,6 +55,7 @@ class Shape:
     top_k: int
     load: Load = "balanced"
     goal: float | None = None
+    share: float | None = None
 
     @property
     def width(self) -> int:
@@ -72,7 +80,7 @@ CPU_SHAPES = (
 )
 _UNEVEN: tuple[Load, ...] = ("zipf", "one", "mixed")
 CUDA_SHAPES = tuple(
-    Shape(tokens=T, d_model=D, d_expert=F, num_experts=E, top_k=K)
+    Shape(tokens=T, d_model=D, d_expert=F, num_experts=E, top_k=K, share=0.65 if F < 1024 else 0.80)
     for T, D, F, E, K in (
         (40_960, 768, 256, 128, 8),
         (24_576, 1536, 256, 128, 8),
@@ -87,25 +95,36 @@ CUDA_SHAPES = tuple(
         (8192, 768, 384, 128, 8),
     )
 ) + tuple(Shape(tokens=32_768, d_model=2048, d_expert=768, num_experts=128, top_k=8, load=load) for load in _UNEVEN)
+# How far two computations of the same experts may be apart, as a share of the result's norm.
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_COLD_BYTES = 4 << 30
 
 
-def measure(*, device: str = "cpu", shapes: Sequence[Shape] | None = None, rounds: int = 8) -> dict[str, Any]:
+def measure(
+    *, device: str = "cpu", shapes: Sequence[Shape] | None = None, rounds: int = 8, budget: float | None = None
+) -> dict[str, Any]:
     """Milliseconds and ratios for each shape, as data for `repro bench moe`.
 
-    On the CPU in float32 on one thread; on CUDA in bfloat16. The first round only warms up. Raises `UsageError` for a
-    device that is not there or fewer than 2 rounds.
+    On the CPU in float32 on one thread; on CUDA in bfloat16. The first round only warms up. No shape is begun when `budget`
+    minutes have passed. Raises `UsageError` for a device that is not there or fewer than 2 rounds.
     """
+    began = time.monotonic()
     if rounds < 2:
         raise UsageError(f"bench moe: expected at least 2 rounds, to see a spread, found {rounds}")
     if device not in ("cpu", "cuda") or (device == "cuda" and torch.cuda.device_count() == 0):
         raise UsageError(f"bench moe: expected cpu, or cuda where torch sees a GPU, found {device!r}")
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic forms
+    results: list[dict[str, Any]] = []
     try:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         chosen = shapes or (CPU_SHAPES if device == "cpu" else CUDA_SHAPES)
-        results = [_measure_shape(shape, torch.device(device), rounds) for shape in chosen]
+        for shape in chosen:
+            if budget is not None and time.monotonic() - began > 60 * budget:
+                break
+            results.append(_measured(shape, torch.device(device), rounds))
     finally:
         torch.set_num_threads(threads)
         torch.random.set_rng_state(state)
@@ -117,62 +136,131 @@ def measure(*, device: str = "cpu", shapes: Sequence[Shape] | None = None, round
         "capability": name,
         "dtype": "float32" if device == "cpu" else "bfloat16",
         "rounds": rounds,
+        "peers": peers.versions(),
         "shapes": results,
+        "shapes_left": len(chosen) - len(results),
     }
 
 
 Forward = Callable[[], Tensor]
 Backward = Callable[[Tensor], object]
+Lap = Callable[[Forward, Backward], tuple[float, float]]
+"""Seconds of a forward pass, and of it and the backward pass."""
 
 
-def _measure_shape(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
-    contestants = _contestants(shape, device)
-    clock = _cuda_clock if device.type == "cuda" else time.process_time
-    forward: dict[str, list[float]] = {name: [] for name in contestants}
-    total: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for turn in range(rounds + 1):
-        for name in names if turn % 2 else reversed(names):
-            forward_pass, backward_pass = contestants[name]
-            start = clock()
-            y_TD = forward_pass()
-            middle = clock()
-            backward_pass(y_TD)
-            end = clock()
-            if turn:
-                forward[name].append(middle - start)
-                total[name].append(end - start)
-    ratios = {
-        name: _spread([mine / floor for mine, floor in zip(total[name], total["dense"], strict=True)]) for name in names
-    }
-    result: dict[str, Any] = {
+def _measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One shape's figures; where it cannot be measured at all, the reason, and the other shapes still are."""
+    fields = {
         "tokens": shape.tokens,
         "d_model": shape.d_model,
         "d_expert": shape.d_expert,
         "num_experts": shape.num_experts,
         "top_k": shape.top_k,
         "load": shape.load,
+    }
+    try:
+        return fields | _measure_shape(shape, device, rounds)
+    except RuntimeError as error:
+        return fields | {"failed": {"shape": _first_line(error)}}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure_shape(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    contestants, absent = _contestants(shape, device)
+    difference, failed = _check(contestants, device)
+    lap = _cuda_lap() if device.type == "cuda" else _cpu_lap
+    forward: dict[str, list[float]] = {name: [] for name in contestants}
+    total: dict[str, list[float]] = {name: [] for name in contestants}
+    names = [name for name in contestants if name not in failed]
+    for turn in range(rounds + 1):
+        for name in names if turn % 2 else names[::-1]:
+            if name in failed:
+                continue
+            try:
+                forward_s, total_s = lap(*contestants[name])
+            except Exception as error:  # of foreign code, or memory that ran out: the others are still measured
+                failed[name] = _first_line(error)
+                continue
+            if turn:
+                forward[name].append(forward_s)
+                total[name].append(total_s)
+    if "dense" in failed:
+        raise RuntimeError(f"the dense layer: {failed['dense']}")
+    names = [name for name in names if name not in failed]
+    ratios = {name: _ratios(total[name], total["dense"]) for name in names}
+    backward = {name: [b - a for a, b in zip(forward[name], total[name], strict=True)] for name in names}
+    result: dict[str, Any] = {
         "forward_ms": {name: _spread([1e3 * value for value in forward[name]]) for name in names},
         "total_ms": {name: _spread([1e3 * value for value in total[name]]) for name in names},
         "gflop_per_s": {name: round(shape.flops / statistics.median(total[name]) / 1e9, 1) for name in names},
         "ratio_to_dense": ratios,
+        "difference": difference,
+        "absent": absent,
+        "failed": failed,
     }
     if shape.goal is not None:
         result["goal"] = {"layer_ratio": shape.goal, "met": ratios["layer"]["median"] <= shape.goal}
+    if device.type == "cuda":
+        for part, seconds, flops in (("forward", forward, shape.flops / 3), ("backward", backward, shape.flops / 1.5)):
+            result[f"{part}_tflop_per_s"] = {
+                name: round(flops / statistics.median(seconds[name]) / 1e12, 1) for name in names
+            }
+            if "gemms" in names:
+                result[f"{part}_share_of_gemms"] = {name: _ratios(seconds["gemms"], seconds[name]) for name in names}
+        result["cost_of_determinism"] = {
+            name: _ratios(total[f"{name}-deterministic"], total[name])
+            for name in ("layer", "layer-triton")
+            if name in names and f"{name}-deterministic" in names
+        }
+        if shape.share is not None and {"gemms", "triton"} <= set(names):
+            reached = _ratios(total["gemms"], total["triton"])
+            result["goal"] = {
+                "share_of_gemms": shape.share,
+                "reached": reached,
+                "met": reached["median"] >= shape.share,
+            }
     return result
 
 
-def _contestants(shape: Shape, device: torch.device) -> dict[str, tuple[Forward, Backward]]:
-    """Each way to compute it."""
+def _check(
+    contestants: dict[str, tuple[Forward, Backward]], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """How far each one's experts are from the loop's, and who is too far or fails. The layers have gates of their own."""
+    difference: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    with torch.no_grad():
+        expected_TD = contestants["reference"][0]()
+        limit = _CLOSE[expected_TD.dtype]
+        for name, (forward, _) in contestants.items():
+            if name in ("dense", "gemms", "reference") or name.startswith("layer"):
+                continue
+            try:
+                found_TD = forward()
+                norm = torch.linalg.vector_norm(expected_TD, dtype=torch.float32)
+                difference[name] = float(torch.linalg.vector_norm(found_TD - expected_TD, dtype=torch.float32) / norm)
+            except Exception as error:  # see above
+                failed[name] = _first_line(error)
+                continue
+            if not difference[name] <= limit:
+                failed[name] = f"expected the loop's result to {limit}, found a difference of {difference[name]:.2g}"
+    return difference, failed
+
+
+def _contestants(shape: Shape, device: torch.device) -> tuple[dict[str, tuple[Forward, Backward]], dict[str, str]]:
+    """Each way to compute it; and why a peer is not among them."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     T, D, E, K = shape.tokens, shape.d_model, shape.num_experts, shape.top_k
     x_TD = torch.randn(T, D, device=device, dtype=dtype, requires_grad=True)
     dy_TD = torch.randn_like(x_TD)
-    dense = SwiGLU(D, shape.width).to(device, dtype)
-    moe = MoE(d_model=D, d_expert=shape.d_expert, num_experts=E, top_k=K).to(device, dtype)
-    rule = _Loaded(slots(shape, device))
+    with device:  # a billion weights are drawn there
+        dense = SwiGLU(D, shape.width).to(dtype)
+        moe = MoE(d_model=D, d_expert=shape.d_expert, num_experts=E, top_k=K).to(dtype)
+    even = shape.load != "mixed"
+    rule = _Loaded(slots(shape, device), fills_all=True if even else None)
     slots_TK, gate_TK = rule(torch.rand(T, E, device=device), None)
-    routing = Routing.from_slots(slots_TK, gate_TK, E, all_filled=shape.load != "mixed")
+    routing = Routing.from_slots(slots_TK, gate_TK, E, all_filled=even)
     weight_N = routing.weight_N.requires_grad_()
     gate_TK = gate_TK.detach().to(dtype).requires_grad_()
     up, down = moe.w_up_EDF, moe.w_down_EFD
@@ -191,32 +279,69 @@ def _contestants(shape: Shape, device: torch.device) -> dict[str, tuple[Forward,
     def on(backend: str) -> tuple[Forward, Backward]:
         return differentiated(lambda: apply_experts(x_TD, routing, up, down, backend), x_TD, weight_N, up, down)
 
-    contestants = {
-        "dense": differentiated(lambda: dense(x_TD), x_TD, *dense.parameters()),
-        "layer": differentiated(lambda: moe(x_TD, rule), x_TD, *moe.parameters()),
-    }
+    def layer(backend: str) -> tuple[Forward, Backward]:
+        def forward() -> Tensor:
+            moe.backend = backend
+            y_TD: Tensor = moe(x_TD, rule)
+            return y_TD
+
+        return differentiated(forward, x_TD, *moe.parameters())
+
+    contestants = {"dense": differentiated(lambda: dense(x_TD), x_TD, *dense.parameters()), "layer": layer("auto")}
+    contestants["gemms"] = _gemms(routing, up.detach(), down.detach())
     if device.type == "cpu":
-        contestants["gemms"] = _gemms(routing, up.detach(), down.detach())
         contestants["cpu"] = on("cpu")
     if supports(x_TD, down):
         contestants["grouped"] = on("grouped")
         contestants["torch"] = differentiated(torchs, x_TD, weight_N, up, down)
-    if device.type == "cuda" and triton.supports(x_TD):
-        contestants["triton"] = on("triton")
-    if importlib.util.find_spec("transformers") is not None and shape.load != "mixed":
-        for name, how in (("transformers", "grouped_mm"), ("transformers-eager", "eager")):
-            theirs = _transformers(shape, how).to(device, dtype)
-            run = partial(theirs, x_TD, slots_TK, gate_TK)
-            contestants[name] = differentiated(run, x_TD, gate_TK, *theirs.parameters())
+    if device.type == "cuda":
+        contestants["layer-deterministic"] = _deterministic(*layer("auto"))
+        if triton.supports(x_TD):
+            contestants["triton"] = on("triton")
+            contestants["layer-triton"] = layer("triton")
+            contestants["layer-triton-deterministic"] = _deterministic(*layer("triton"))
+    inputs = peers.Inputs(
+        x_TD=x_TD, routing=routing, slots_TK=slots_TK, gate_TK=gate_TK, w_up_EDF=up, w_down_EFD=down, even=even
+    )
+    found, absent = peers.peers(inputs)
+    contestants |= {name: differentiated(forward, *leaves) for name, (forward, leaves) in found.items()}
     contestants["reference"] = on("reference")
-    return contestants
+    return contestants, absent
+
+
+def _deterministic(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
+    """The same under the flags that training sets."""
+
+    def flagged_forward() -> Tensor:
+        with _flags():
+            return forward()
+
+    def flagged_backward(y_TD: Tensor) -> None:
+        with _flags():
+            backward(y_TD)
+
+    return flagged_forward, flagged_backward
+
+
+@contextlib.contextmanager
+def _flags() -> Iterator[None]:
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _gemms(routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> tuple[Forward, Backward]:
     """The six products of each expert's rows, which lie in expert-major order already, and nothing else."""
     F, D = w_down_EFD.shape[1:]
     loads = routing.load_E.tolist()
-    x_ND, h_NF, a_NF, y_ND = (torch.randn(sum(loads), width) for width in (D, 2 * F, F, D))
+    x_ND, h_NF, a_NF, y_ND = (
+        torch.randn(sum(loads), width, dtype=w_up_EDF.dtype, device=w_up_EDF.device) for width in (D, 2 * F, F, D)
+    )
     rows = [torch.split(z, loads) for z in (x_ND, h_NF, a_NF, y_ND)]
     dup, ddown = torch.zeros_like(w_up_EDF), torch.zeros_like(w_down_EFD)
 
@@ -233,25 +358,33 @@ def _gemms(routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> tuple[Forw
             torch.mm(x.t(), h, out=to_up)
             torch.mm(h, up.t(), out=y)
 
+    if w_up_EDF.is_cuda:
+        # As a graph, for launched one by one hundreds of small products would wait for the host.
+        replay_forward, replay_backward = _replayed(forward), _replayed(lambda: backward(y_ND))
+
+        def replayed() -> Tensor:
+            replay_forward()
+            return y_ND
+
+        return replayed, lambda _: replay_backward()
     return forward, backward
 
 
-def _transformers(shape: Shape, how: str) -> torch.nn.Module:
-    """The experts of transformers' Qwen3-MoE: (x (T, D), experts (T, K), weights (T, K)) to (T, D)."""
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+def _replayed(work: Callable[[], object]) -> Callable[[], None]:
+    """`work` as a CUDA graph, captured at the first call: each call replays its kernels."""
+    graphs: list[torch.cuda.CUDAGraph] = []
 
-    config = Qwen3MoeConfig(
-        hidden_size=shape.d_model,
-        moe_intermediate_size=shape.d_expert,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-        experts_implementation=how,
-    )
-    experts: torch.nn.Module = Qwen3MoeExperts(config)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=shape.d_model**-0.5)
-    return experts
+    def replay() -> None:
+        if not graphs:
+            work()  # handles and workspaces are made outside of the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +392,7 @@ class _Loaded:
     """Top-k as it costs, and then the prepared choice in place of its own: the router does not set the load."""
 
     expert_TK: Tensor
+    fills_all: bool | None = None
 
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         empty_TK = self.expert_TK < 0
@@ -288,6 +422,37 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def _cuda_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
+def _ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    return _spread([a / b for a, b in zip(mine, theirs, strict=True)])
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def _cpu_lap(forward: Forward, backward: Backward) -> tuple[float, float]:
+    start = time.process_time()
+    y_TD = forward()
+    middle = time.process_time()
+    backward(y_TD)
+    return middle - start, time.process_time() - start
+
+
+def _cuda_lap() -> Lap:
+    cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device="cuda")
+    start, middle, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(3)
+    )
+
+    def lap(forward: Forward, backward: Backward) -> tuple[float, float]:
+        cold.zero_()
+        start.record()
+        y_TD = forward()
+        middle.record()
+        backward(y_TD)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(middle) / 1e3, start.elapsed_time(end) / 1e3
+
+    return lap

@@ -124,12 +124,11 @@ class MoE(nn.Module):
             expert_TK, weight_TK = rule(scores_TE, self.bias_E)
             if self.gate_scale != 1:
                 weight_TK = weight_TK * self.gate_scale
-        all_filled = True if isinstance(rule, TopK) and isinstance(rule.k, int) else None
         routing = Routing.from_slots(
             expert_TK,
             weight_TK,
             self.router_ED.shape[0],
-            all_filled=all_filled,
+            all_filled=getattr(rule, "fills_all", None),
             kernels=self.backend == "triton" and triton.supports(x_TD),
         )
         return RouterOutput(logits_TE, scores_TE, routing)

@@ -106,7 +106,8 @@ class Routing:
 class RoutingRule(Protocol):
     """How scores become assignments: the one hook for a new selection or gate.
 
-    A rule is called once a layer, in the order of the layers, so it may carry random state or settings a layer.
+    A rule is called once a layer, in the order of the layers, so it may carry random state or settings a layer. One that leaves
+    no slot empty says so by an attribute `fills_all`, which is then True, and on a GPU spares each layer a wait for the device.
     """
 
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,6 +128,11 @@ class TopK:
 
     k: int | Tensor
     renormalize: bool = True
+
+    @property
+    def fills_all(self) -> bool | None:
+        """Whether no slot is left empty; None where it is not known without a look."""
+        return None if isinstance(self.k, Tensor) else True
 
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         T, E = scores_TE.shape
