@@ -160,4 +160,4 @@ def test_ligers_experts_compute_what_ours_do() -> None:
     ours = torch.autograd.grad(ours_TD, (x_TD, gate_TK, up, down), dy_TD)
     by_layout = (theirs[0], theirs[1], theirs[2].transpose(1, 2), theirs[3].transpose(1, 2))
     for one, other in zip(by_layout, ours, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
