@@ -96,7 +96,7 @@ CUDA_SHAPES = tuple(
     )
 ) + tuple(Shape(tokens=32_768, d_model=2048, d_expert=768, num_experts=128, top_k=8, load=load) for load in _UNEVEN)
 # How far two computations of the same experts may be apart, as a share of the result's norm.
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _COLD_BYTES = 4 << 30
 
 
@@ -232,7 +232,7 @@ def _check(
     failed: dict[str, str] = {}
     with torch.no_grad():
         expected_TD = contestants["reference"][0]()
-        limit = _CLOSE[expected_TD.dtype]
+        limit = CLOSE[expected_TD.dtype]
         for name, (forward, _) in contestants.items():
             if name in ("dense", "gemms", "reference") or name.startswith("layer"):
                 continue

@@ -113,7 +113,7 @@ def tiles_for(d_model: int, d_expert: int, dtype: torch.dtype) -> Tiles:
 
 def table() -> Table:
     """The table in use: the package's own, unless `use` named another."""
-    return _in_use[-1] if _in_use else _packaged()
+    return _in_use[-1] if _in_use else packaged()
 
 
 @contextlib.contextmanager
@@ -130,7 +130,8 @@ _in_use: list[Table] = []
 
 
 @functools.cache
-def _packaged() -> Table:
+def packaged() -> Table:
+    """The table that comes with the package."""
     return read_table(_FILE.read_text(encoding="utf-8"), _FILE.name)
 
 

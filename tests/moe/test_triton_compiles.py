@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from repro.bench.tune import CANDIDATES
 from repro.moe.tiles import LAUNCHES, tiles_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -91,3 +92,8 @@ def check(widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder
 def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> None:
     tiles = tiles_for(*widths, torch.bfloat16)
     check(widths, [(name, *astuple(getattr(tiles, name))) for name in LAUNCHES] + OTHERS, tmp_path)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_tiles_that_are_tried_compile_too(launch: str, tmp_path: Path) -> None:
+    check((4096, 1024), [(launch, *astuple(tile)) for tile in CANDIDATES[launch]], tmp_path)
