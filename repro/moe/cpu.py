@@ -17,8 +17,11 @@ the weight of an assignment, and dO the gradient of its unweighted output (its t
     dH·Wuᵀ
 """
 
+import functools
+import importlib
+import importlib.util
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repro.moe import grouped
+from repro.moe import grouped, rows
 from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
 
-# Bytes of rows (x, pre-activation and activation together) in a block, and those up to which all rows go at once:
-# measured on a core with 2 MiB of second-level cache, where half and twice as much differ by less than the noise.
-_BLOCK_BYTES = 3 << 20
-_ALL_BYTES = 12 << 20
+# Bytes of rows (x, pre-activation and activation together) in a block, and those up to which all rows go at once, the latter
+# with torch's steps and with compiled ones: measured on a core with 2 MiB of second-level cache.
+_BLOCK_BYTES = 2 << 20
+_ALL_BYTES = {False: 12 << 20, True: 6 << 20}
 
 
 def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
@@ -44,7 +47,8 @@ def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) 
         )
     F, D = w_down_EFD.shape[1:]
     row_bytes = x_TD.element_size() * (D + 3 * F)
-    if routing.token_N.numel() * row_bytes <= _ALL_BYTES and grouped.supports(x_TD, w_down_EFD):
+    all_bytes = _ALL_BYTES[x_TD.dtype == torch.float32 and compiled()]
+    if routing.token_N.numel() * row_bytes <= all_bytes and grouped.supports(x_TD, w_down_EFD):
         return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
     blocks = _blocks(routing.by_expert.tolist(), _BLOCK_BYTES // row_bytes)
     y_TD: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
@@ -89,70 +93,82 @@ class _Experts(torch.autograd.Function):
         blocks: list[_Block],
     ) -> Tensor:
         F, D = w_down_EFD.shape[1:]
+        steps, view = _steps(x_TD.dtype)
+        x_TD = x_TD.contiguous()
         rows_N = routing.token_N[routing.order_N]
-        s_N1 = weight_N[routing.order_N].to(x_TD.dtype)[:, None]
+        s_N = weight_N[routing.order_N].to(x_TD.dtype)
         ups, downs = w_up_EDF.unbind(), w_down_EFD.unbind()
         x_buffer, a_buffer, out_buffer = _buffers(x_TD, blocks, (D, F, D))
         y_TD = torch.zeros_like(x_TD)
+        x, token, s, y = map(view, (x_TD, rows_N, s_N, y_TD))
         saved_h = []
         for block in blocks:
             n = block.stop - block.start
-            rows, s_n1 = rows_N[block.start : block.stop], s_N1[block.start : block.stop]
-            x_ND = torch.index_select(x_TD, 0, rows, out=x_buffer[:n])
-            h_NF = _times(x_ND, ups, block, x_TD.new_empty(n, 2 * F))
-            gate, up = h_NF.chunk(2, dim=1)
-            a_NF = torch.ops.aten.silu.out(gate, out=a_buffer[:n]).mul_(up).mul_(s_n1)
+            here = slice(block.start, block.stop)
+            x_ND, a_NF, out_ND, h_NF = x_buffer[:n], a_buffer[:n], out_buffer[:n], x_TD.new_empty(n, 2 * F)
+            steps.gather(x, token[here], view(x_ND))
+            _times(x_ND, ups, block, h_NF)
+            steps.forward(view(h_NF), s[here], view(a_NF))
+            _times(a_NF, downs, block, out_ND)
             # Every token is at most once among an expert's rows, so this adds in the order of the experts.
-            y_TD.index_add_(0, rows, _times(a_NF, downs, block, out_buffer[:n]))
+            steps.scatter_add(y, token[here], view(out_ND))
             saved_h.append(h_NF)
-        ctx.save_for_backward(x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, routing.order_N, *saved_h)
+        ctx.save_for_backward(x_TD, s_N, w_up_EDF, w_down_EFD, rows_N, routing.order_N, *saved_h)
         ctx.blocks, ctx.weight_dtype = blocks, weight_N.dtype
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TD,) = grads
-        x_TD, s_N1, w_up_EDF, w_down_EFD, rows_N, order_N, *saved_h = ctx.saved_tensors
+        x_TD, s_N, w_up_EDF, w_down_EFD, rows_N, order_N, *saved_h = ctx.saved_tensors
         need_x, need_s, need_up, need_down = ctx.needs_input_grad[:4]
         blocks: list[_Block] = ctx.blocks
         F, D = w_down_EFD.shape[1:]
+        steps, view = _steps(x_TD.dtype)
         ups = w_up_EDF.transpose(1, 2).unbind()
         downs = w_down_EFD.transpose(1, 2).unbind()
-        x_buffer, dh_buffer, silu_buffer, a_buffer, da_buffer, do_buffer = _buffers(
-            x_TD, blocks, (D, 2 * F, F, F, F, D)
-        )
-        dx_TD = torch.zeros_like(x_TD) if need_x else None
-        ds_N = torch.empty_like(s_N1[:, 0]) if need_s else None
+        x_buffer, dh_buffer, a_buffer, da_buffer, do_buffer = _buffers(x_TD, blocks, (D, 2 * F, F, F, D))
+        dx_TD = torch.zeros_like(x_TD) if need_x else x_TD[:0]
+        ds_N = torch.empty_like(s_N if need_s else s_N[:0])
         dw_up_EDF = _gradient_like(w_up_EDF, blocks) if need_up else None
         dw_down_EFD = _gradient_like(w_down_EFD, blocks) if need_down else None
         dups = dw_up_EDF.unbind() if dw_up_EDF is not None else ()
         ddowns = dw_down_EFD.unbind() if dw_down_EFD is not None else ()
+        x, dy, token, s, dx, ds = map(view, (x_TD, dy_TD.contiguous(), rows_N, s_N, dx_TD, ds_N))
         for block, h_NF in zip(blocks, saved_h, strict=True):
             n = block.stop - block.start
-            rows, s_n1 = rows_N[block.start : block.stop], s_N1[block.start : block.stop]
-            gate, up = h_NF.chunk(2, dim=1)
-            do_ND = torch.index_select(dy_TD, 0, rows, out=do_buffer[:n])
-            silu_NF = torch.ops.aten.silu.out(gate, out=silu_buffer[:n])
-            a_NF = torch.mul(silu_NF, up, out=a_buffer[:n])
+            here = slice(block.start, block.stop)
+            x_ND, dh_NF, a_NF, da_NF, do_ND = (
+                z[:n] for z in (x_buffer, dh_buffer, a_buffer, da_buffer, do_buffer)
+            )
+            steps.gather(dy, token[here], view(do_ND))
             if need_x or need_s or need_up:
-                da_NF = _times(do_ND, downs, block, da_buffer[:n])
-            if ds_N is not None:
-                torch.linalg.vecdot(da_NF, a_NF, out=ds_N[block.start : block.stop])
-            if ddowns:
-                _gradient(a_NF.mul_(s_n1), do_ND, block, ddowns)
-            if need_x or need_up:
-                dh_NF = dh_buffer[:n]
-                dgate, dup = dh_NF.chunk(2, dim=1)
-                torch.mul(da_NF.mul_(s_n1), silu_NF, out=dup)
-                torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up), gate, grad_input=dgate)
-            if dups:
-                _gradient(torch.index_select(x_TD, 0, rows, out=x_buffer[:n]), dh_NF, block, dups)
-            if dx_TD is not None:
-                dx_TD.index_add_(0, rows, _times(dh_NF, ups, block, x_buffer[:n]))
-        dweight_N = None
-        if ds_N is not None:
-            dweight_N = torch.empty_like(ds_N).index_copy_(0, order_N, ds_N).to(ctx.weight_dtype)
-        return dx_TD, dweight_N, dw_up_EDF, dw_down_EFD, None, None
+                _times(do_ND, downs, block, da_NF)
+                steps.backward(view(h_NF), s[here], view(da_NF), view(a_NF), view(dh_NF), ds[here])
+            else:
+                steps.forward(view(h_NF), s[here], view(a_NF))
+            if need_down:
+                _gradient(a_NF, do_ND, block, ddowns)
+            if need_up:
+                steps.gather(x, token[here], view(x_ND))
+                _gradient(x_ND, dh_NF, block, dups)
+            if need_x:
+                steps.scatter_add(dx, token[here], view(_times(dh_NF, ups, block, x_ND)))
+        dweight_N = torch.empty_like(ds_N).index_copy_(0, order_N, ds_N).to(ctx.weight_dtype) if need_s else None
+        return dx_TD if need_x else None, dweight_N, dw_up_EDF, dw_down_EFD, None, None
+
+
+@functools.cache
+def compiled() -> bool:
+    """Whether numba is installed, so that float32 takes `repro.moe.rows_compiled`."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def _steps(dtype: torch.dtype) -> tuple[Any, Callable[[Tensor], Any]]:
+    """What is done to rows between GEMMs, and how a tensor is seen there."""
+    if dtype == torch.float32 and compiled():
+        return importlib.import_module("repro.moe.rows_compiled"), lambda z: z.detach().numpy()
+    return rows, lambda z: z
 
 
 def _buffers(like: Tensor, blocks: list[_Block], widths: Sequence[int]) -> list[Tensor]:
