@@ -1,6 +1,7 @@
 """What decides whether an execution can be bitwise the same elsewhere: versions, device, threads, deterministic flags."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -18,7 +19,8 @@ class NumericEnvironment:
 
     `capability` is the instruction set that torch dispatches to on a CPU (AVX2, AVX512, …), the compute capability on a
     GPU; `blas` tells the linear algebra library. `layout` tells how a model lies on the processes of a torchrun
-    (`repro.cluster`). The corpus' digest is in the plan beside this.
+    (`repro.cluster`); `compiled` names what compiled this package's own steps on a CPU (`repro.moe.cpu_rows_compiled`). The
+    corpus' digest is in the plan beside this.
     """
 
     torch: str
@@ -29,6 +31,7 @@ class NumericEnvironment:
     deterministic: bool
     blas: str
     layout: str = "one process"
+    compiled: str = "nothing"
 
 
 def require_torch() -> None:
@@ -68,6 +71,9 @@ def numeric_environment(device: str, layout: str = "one process") -> NumericEnvi
     require_torch()
     import torch
 
+    from repro.moe import cpu
+
+    compiled = "nothing"
     if device == "cuda":
         if not torch.cuda.device_count():
             raise UsageError("device cuda: torch finds no GPU here; run with --device cpu")
@@ -77,6 +83,8 @@ def numeric_environment(device: str, layout: str = "one process") -> NumericEnvi
     elif device == "cpu":
         name, capability = "cpu", torch.backends.cpu.get_cpu_capability()
         blas = "mkl" if torch._C.has_mkl else "other"
+        if cpu.compiled():
+            compiled = f"numba {importlib.metadata.version('numba')}"
     else:
         raise UsageError(f"unknown device {device!r}: expected cpu or cuda")
     return NumericEnvironment(
@@ -88,6 +96,7 @@ def numeric_environment(device: str, layout: str = "one process") -> NumericEnvi
         deterministic=True,
         blas=blas,
         layout=layout,
+        compiled=compiled,
     )
 
 

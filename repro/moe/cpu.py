@@ -1,8 +1,9 @@
 """The CPU backend: one custom autograd Function that takes the experts in blocks small enough for the cache.
 
 A block's rows are gathered, go up through one GEMM an expert, through SwiGLU, down through another, and are added to
-their tokens in the order of the experts. Nothing the size of all assignments is allocated: at the sizes that matter
-the page faults of a fresh buffer cost as much as the GEMM that fills it. Where all assignments fit the cache at once,
+their tokens in the order of the experts. What happens between GEMMs is `repro.moe.cpu_rows`, or in float32, where numba is
+installed, the same compiled. Nothing the size of all assignments is allocated: at the sizes that matter the page faults of a
+fresh buffer cost as much as the GEMM that fills it. Where all assignments fit the cache at once,
 the calls would cost more than the arithmetic, and `repro.moe.grouped`, with its few large steps, takes over. Which
 way, and the size of a block, follow from the shapes alone, so equal inputs take equal paths: no result depends on
 timing.
@@ -29,14 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repro.moe import grouped, rows
+from repro.moe import cpu_rows, grouped
 from repro.moe.errors import RoutingError
 from repro.moe.routing import Routing
 
 # Bytes of rows (x, pre-activation and activation together) in a block, and those up to which all rows go at once, the latter
 # with torch's steps and with compiled ones: measured on a core with 2 MiB of second-level cache.
 _BLOCK_BYTES = 2 << 20
-_ALL_BYTES = {False: 12 << 20, True: 6 << 20}
+_ALL_BYTES = 12 << 20
+_ALL_BYTES_COMPILED = 6 << 20
 
 
 def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def apply(x_TD: Tensor, routing: Routing, w_up_EDF: Tensor, w_down_EFD: Tensor) 
         )
     F, D = w_down_EFD.shape[1:]
     row_bytes = x_TD.element_size() * (D + 3 * F)
-    all_bytes = _ALL_BYTES[x_TD.dtype == torch.float32 and compiled()]
+    all_bytes = _ALL_BYTES_COMPILED if _compiles(x_TD.dtype) else _ALL_BYTES
     if routing.token_N.numel() * row_bytes <= all_bytes and grouped.supports(x_TD, w_down_EFD):
         return grouped.apply(x_TD, routing, w_up_EDF, w_down_EFD)
     blocks = _blocks(routing.by_expert.tolist(), _BLOCK_BYTES // row_bytes)
@@ -138,9 +140,7 @@ class _Experts(torch.autograd.Function):
         for block, h_NF in zip(blocks, saved_h, strict=True):
             n = block.stop - block.start
             here = slice(block.start, block.stop)
-            x_ND, dh_NF, a_NF, da_NF, do_ND = (
-                z[:n] for z in (x_buffer, dh_buffer, a_buffer, da_buffer, do_buffer)
-            )
+            x_ND, dh_NF, a_NF, da_NF, do_ND = (z[:n] for z in (x_buffer, dh_buffer, a_buffer, da_buffer, do_buffer))
             steps.gather(dy, token[here], view(do_ND))
             if need_x or need_s or need_up:
                 _times(do_ND, downs, block, da_NF)
@@ -160,15 +160,19 @@ class _Experts(torch.autograd.Function):
 
 @functools.cache
 def compiled() -> bool:
-    """Whether numba is installed, so that float32 takes `repro.moe.rows_compiled`."""
+    """Whether numba is installed, so that float32 takes `repro.moe.cpu_rows_compiled`."""
     return importlib.util.find_spec("numba") is not None
 
 
+def _compiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and compiled()
+
+
 def _steps(dtype: torch.dtype) -> tuple[Any, Callable[[Tensor], Any]]:
-    """What is done to rows between GEMMs, and how a tensor is seen there."""
-    if dtype == torch.float32 and compiled():
-        return importlib.import_module("repro.moe.rows_compiled"), lambda z: z.detach().numpy()
-    return rows, lambda z: z
+    """What is done to rows between GEMMs, and how it sees a tensor."""
+    if _compiles(dtype):
+        return importlib.import_module("repro.moe.cpu_rows_compiled"), lambda z: z.detach().numpy()
+    return cpu_rows, lambda z: z
 
 
 def _buffers(like: Tensor, blocks: list[_Block], widths: Sequence[int]) -> list[Tensor]:

@@ -130,10 +130,17 @@ def test_forty_repeats_are_bitwise_equal(backend: str, size: tuple[int, int, int
         assert all(map(torch.equal, first, gradients(inputs, gate_TK, dy_TD, backend)))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("block_bytes", [1, 4000, 1 << 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cpu_blocks_of_any_size_agree_and_repeat(monkeypatch: pytest.MonkeyPatch, kind: str, block_bytes: int) -> None:
-    monkeypatch.setattr(cpu, "_ALL_BYTES", {False: 0, True: 0})
+def test_cpu_blocks_of_any_size_agree_and_repeat(
+    monkeypatch: pytest.MonkeyPatch, kind: str, block_bytes: int, compiled: bool
+) -> None:
+    if compiled and not cpu.compiled():
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(cpu, "compiled", lambda: compiled)
+    monkeypatch.setattr(cpu, "_ALL_BYTES", 0)
+    monkeypatch.setattr(cpu, "_ALL_BYTES_COMPILED", 0)
     monkeypatch.setattr(cpu, "_BLOCK_BYTES", block_bytes)
     inputs, gate_TK = case(slots_of(kind, 64, 7), 7, 16, 8)
     dy_TD = torch.randn(64, 16)

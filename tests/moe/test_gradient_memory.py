@@ -12,7 +12,8 @@ T, D, F, E, K = 64, 32, 16, 8, 2
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_ALL_BYTES", {False: 0, True: 0})
+    monkeypatch.setattr(cpu, "_ALL_BYTES", 0)
+    monkeypatch.setattr(cpu, "_ALL_BYTES_COMPILED", 0)
     monkeypatch.setattr(cpu, "_BLOCK_BYTES", 16 << 10)
 
 

@@ -1,6 +1,6 @@
 """What the CPU backend does to the rows of some experts between its GEMMs, with torch's operations, in any dtype.
 
-`repro.moe.rows_compiled` has the same four functions for float32 where numba is installed. n rows, D the model's width, F the
+`repro.moe.cpu_rows_compiled` has the same four functions for float32 where numba is installed. n rows, D the model's width, F the
 experts'; s weighs the assignments.
 """
 

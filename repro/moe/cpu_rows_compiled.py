@@ -1,19 +1,21 @@
-"""The steps of `repro.moe.rows` compiled by numba for float32: one pass over memory where torch takes up to six.
+"""The steps of `repro.moe.cpu_rows` compiled by numba for float32: one pass over memory where torch takes up to six.
 
 On numpy arrays whose rows lie one after another. No sum is reordered, and only a product and the sum that takes it may be
 fused, so how wide the processor's vectors are changes no bit.
 """
 
 # The decorators have no types, and the compiled functions take what their signatures say.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
+
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Compiled when this module is imported, in about a second: a cache on disk would be one more thing that can be stale.
-_OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}
+# Compiled when this module is imported, in about two seconds: a cache on disk would be one more thing that can be stale.
+_OPTIONS: Any = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}
 _ROWS, _VALUES, _NUMBERS = "float32[:, ::1]", "float32[::1]", "int64[::1]"
 
 _LOG2_E = np.float32(np.log2(np.e))
@@ -38,7 +40,7 @@ def _as_float32(typing_context, bits):
 
 @njit(inline="always", **_OPTIONS)
 def _sigmoid(z):
-    """1 / (1 + e^-z) to 2 units in the last place: e^-z = 2^n · e^r with |r| at most ln 2 / 2, and Taylor's series of e^r."""
+    """1 / (1 + e^-z) to some units in the last place: e^-z = 2^n · e^r with |r| at most ln 2 / 2, and Taylor's series of e^r."""
     x = min(max(-z, -_BOUND), _BOUND)
     n = (x * _LOG2_E + _ROUND) - _ROUND
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
@@ -54,7 +56,7 @@ def _sigmoid(z):
 
 @njit(f"void({_ROWS}, {_NUMBERS}, {_ROWS})", **_OPTIONS)
 def gather(x_TD, rows_N, out_ND):
-    """See `repro.moe.rows`, as for the others."""
+    """See `repro.moe.cpu_rows`, as for the others."""
     for n in range(len(rows_N)):
         row = rows_N[n]
         for d in range(x_TD.shape[1]):
