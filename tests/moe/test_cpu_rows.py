@@ -1,6 +1,9 @@
 """The CPU backend's compiled steps against those of torch."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,3 +90,19 @@ def test_the_environment_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numeric_environment("cpu").compiled.startswith("numba 0.")
     monkeypatch.setattr(cpu, "compiled", lambda: False)
     assert numeric_environment("cpu").compiled == "nothing"
+
+
+def test_bits_do_not_depend_on_how_wide_the_processors_vectors_are() -> None:
+    script = (
+        "import hashlib, numpy as np; from repro.moe import cpu_rows_compiled as rows\n"
+        "draw = np.random.default_rng(0).standard_normal\n"
+        "h, s, da, a, dh, ds = (draw(shape, dtype=np.float32) for shape in ((9, 514), 9, (9, 257), (9, 257), (9, 514), 9))\n"
+        "rows.backward(h, s, da, a, dh, ds); print(hashlib.sha256(b''.join(map(bytes, (a, dh, ds)))).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | extra, capture_output=True, text=True, check=True
+        ).stdout
+        for extra in ({}, {"NUMBA_LOOP_VECTORIZE": "0"})  # one number at a time
+    }
+    assert len(found) == 1
