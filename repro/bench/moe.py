@@ -35,6 +35,7 @@ from records.errors import UsageError
 from repro.bench import peers
 from repro.moe import MoE, Routing, SwiGLU, TopK, apply_experts, triton
 from repro.moe.grouped import supports
+from repro.moe.routing import scores_of
 
 Load = Literal["balanced", "zipf", "one", "mixed"]
 
@@ -397,7 +398,10 @@ class _Loaded:
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         empty_TK = self.expert_TK < 0
         TopK(self.expert_TK.shape[1])(scores_TE, bias_E)
-        weight_TK = scores_TE.gather(1, self.expert_TK.clamp_min(0)).masked_fill(empty_TK, 0)
+        if self.fills_all:
+            weight_TK = scores_of(scores_TE, self.expert_TK)
+        else:
+            weight_TK = scores_TE.gather(1, self.expert_TK.clamp_min(0)).masked_fill(empty_TK, 0)
         return self.expert_TK, weight_TK / weight_TK.sum(1, keepdim=True)
 
 

@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from repro.moe.errors import RoutingError
-from repro.moe.routing import Routing
+from repro.moe.routing import Routing, inverse
+
+_CUDA_GROUPS = 1024  # torch's kernel prepares all groups in one block of threads
 
 
 def supports(x_TD: Tensor, w_down_EFD: Tensor) -> bool:
-    """Whether torch's grouped GEMM takes these: a dtype it knows, and rows that are multiples of 16 bytes long."""
+    """Whether torch's grouped GEMM takes these: a dtype it knows, rows that are multiples of 16 bytes long, fewer than 1024
+    experts on a GPU."""
     aligned = all(size * x_TD.element_size() % 16 == 0 for size in w_down_EFD.shape[1:])
-    return aligned and _groups(x_TD.device.type, x_TD.dtype)
+    few = not x_TD.is_cuda or w_down_EFD.shape[0] < _CUDA_GROUPS
+    return aligned and few and _groups(x_TD.device.type, x_TD.dtype)
 
 
 @functools.cache
@@ -57,23 +61,20 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         order_N = routing.order_N
         rows_N = routing.token_N[order_N]
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+        place_N = inverse(order_N)
         ends_E = routing.by_expert[1:].to(torch.int32)
         s_N1 = weight_N[order_N].to(x_TD.dtype)[:, None]
         h_NF = nnf.grouped_mm(x_TD.index_select(0, rows_N), w_up_EDF, offs=ends_E)
         gate, up = h_NF.chunk(2, dim=1)
         out_ND = nnf.grouped_mm(nnf.silu(gate).mul_(up).mul_(s_N1), w_down_EFD, offs=ends_E)
-        ctx.save_for_backward(
-            x_TD, h_NF, s_N1, w_up_EDF, w_down_EFD, rows_N, order_N, place_N, routing.by_token, ends_E
-        )
+        ctx.save_for_backward(x_TD, h_NF, s_N1, w_up_EDF, w_down_EFD, rows_N, place_N, routing.by_token, ends_E)
         ctx.weight_dtype = weight_N.dtype
         return _sum_slots(out_ND, place_N, routing.by_token)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TD,) = grads
-        x_TD, h_NF, s_N1, w_up_EDF, w_down_EFD, rows_N, order_N, place_N, by_token, ends_E = ctx.saved_tensors
+        x_TD, h_NF, s_N1, w_up_EDF, w_down_EFD, rows_N, place_N, by_token, ends_E = ctx.saved_tensors
         need_x, need_s, need_up, need_down = ctx.needs_input_grad[:4]
         dx_TD = dweight_N = dw_up_EDF = dw_down_EFD = None
         gate, up = h_NF.chunk(2, dim=1)
@@ -83,8 +84,7 @@ class _Experts(torch.autograd.Function):
         if need_x or need_s or need_up:
             da_NF = nnf.grouped_mm(do_ND, w_down_EFD.transpose(1, 2), offs=ends_E)
         if need_s:
-            ds_N = (da_NF * a_NF).sum(1, dtype=ctx.weight_dtype)
-            dweight_N = torch.empty_like(ds_N).index_copy_(0, order_N, ds_N)
+            dweight_N = (da_NF * a_NF).sum(1, dtype=ctx.weight_dtype).index_select(0, place_N)
         if need_down:
             dw_down_EFD = nnf.grouped_mm(a_NF.mul_(s_N1).t(), do_ND, offs=ends_E)
         if need_x or need_up:

@@ -180,8 +180,9 @@ def _grow_layer(
         to[kept] = source[lineage_E[kept]]
         if growth.weight_noise and leaf != "router_ED":
             fresh = kept[kept >= before]
-            noise = torch.empty_like(to[fresh]).normal_(generator=generator)
-            to[fresh] += growth.weight_noise * source.std() * noise
+            # Drawn on the CPU, by its generator, so that every device gets the same.
+            noise = torch.empty(to[fresh].shape, dtype=to.dtype).normal_(generator=generator)
+            to[fresh] += growth.weight_noise * source.std() * noise.to(to.device)
     if new.bias_E is None or old.bias_E is None:
         if growth.bias_noise or growth.reset_bias:
             raise RoutingError("growth: bias_noise and reset_bias need a model with a selection bias")
@@ -190,7 +191,7 @@ def _grow_layer(
     if not growth.reset_bias:
         new.bias_E[copied_E] = old.bias_E[lineage_E[copied_E]]
     noise = torch.empty(after - before).uniform_(-1, 1, generator=generator)
-    new.bias_E[before:] += growth.bias_noise * noise
+    new.bias_E[before:] += growth.bias_noise * noise.to(new.bias_E.device)
     return lineage_E
 
 

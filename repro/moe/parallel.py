@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from records.errors import UsageError
 from repro.moe.experts import apply_experts
 from repro.moe.layer import MoE
-from repro.moe.routing import Routing
+from repro.moe.routing import Routing, inverse
 
 
 def parallelize(
@@ -122,9 +122,9 @@ class _SumByToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, routing: Routing) -> Tensor:
         ctx.routing = routing
-        place_N = torch.empty_like(routing.order_N)
-        place_N[routing.order_N] = torch.arange(routing.order_N.numel(), device=rows_ND.device)
-        return nnf.embedding_bag(place_N, rows_ND, routing.by_token, mode="sum", include_last_offset=True)
+        return nnf.embedding_bag(
+            inverse(routing.order_N), rows_ND, routing.by_token, mode="sum", include_last_offset=True
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,10 +2,13 @@
 
 Nothing downstream knows how an expert was chosen, so k may differ by token, between training and inference, and by
 rule; a slot may stay empty; and the number of experts may grow while a model is alive.
+
+On a GPU nothing here scatters: where torch promises deterministic results it scatters by way of a sort, and looks at the indices
+from the host, which waits for the device. What a scatter would do is done by sorts of our own, searches and gathers.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,8 +93,7 @@ class Routing:
 
             order_N, by_expert = order_by_expert(expert_N.contiguous(), num_experts)
         else:
-            order_N = _stable_order(expert_N, num_experts)
-            by_expert = _offsets(_load(expert_N, num_experts))
+            order_N, by_expert = by_sorting(expert_N, num_experts)
         return cls(
             token_N=token_N,
             expert_N=expert_N,
@@ -146,7 +148,7 @@ class TopK:
             raise RoutingError(f"expected k in 0..{E}, the number of experts, found {widest if widest > E else least}")
         with torch.no_grad():
             expert_TK = stable_top_k(scores_TE if bias_E is None else scores_TE + bias_E, widest)
-        weight_TK = scores_TE.gather(1, expert_TK)
+        weight_TK = scores_of(scores_TE, expert_TK)
         if isinstance(self.k, Tensor):
             empty_TK = torch.arange(widest, device=scores_TE.device) >= self.k[:, None]
             weight_TK = weight_TK.masked_fill(empty_TK, 0)
@@ -172,6 +174,32 @@ def stable_top_k(scores_TE: Tensor, k: int) -> Tensor:
         # `max` is specified to return the index of the first of equal maxima.
         best.append(left_TE.max(1, keepdim=True).indices)
     return torch.cat(best, dim=1) if best else torch.empty_like(scores_TE[:, :0], dtype=torch.int64)
+
+
+def scores_of(scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+    """The scores (T, K) of the experts chosen, no expert twice for a token: a gather whose backward scatters nothing on a GPU."""
+    if scores_TE.device.type == "cpu":
+        return scores_TE.gather(1, expert_TK)
+    chosen_TK: Tensor = _Chosen.apply(scores_TE, expert_TK)  # type: ignore[no-untyped-call]
+    return chosen_TK
+
+
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_TK)
+        ctx.num_experts = scores_TE.shape[1]
+        return scores_TE.gather(1, expert_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dchosen_TK,), (expert_TK,) = grads, ctx.saved_tensors
+        expert_E = torch.arange(ctx.num_experts, device=expert_TK.device)
+        dscores_TE = dchosen_TK.new_zeros(expert_TK.shape[0], ctx.num_experts)
+        for slot in range(expert_TK.shape[1]):
+            here = slice(slot, slot + 1)
+            dscores_TE = torch.where(expert_TK[:, here] == expert_E, dchosen_TK[:, here], dscores_TE)
+        return dscores_TE, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +237,29 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _load(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Assignments by expert; `bincount` would wait for a GPU to learn its largest entry."""
-    if expert_N.device.type == "cpu":
-        return torch.bincount(expert_N, minlength=num_experts)
-    ones_N = torch.ones_like(expert_N)
-    return torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device).scatter_add_(0, expert_N, ones_N)
-
-
-def _stable_order(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Stable permutation that sorts the assignments by expert."""
+def by_sorting(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The stable permutation (N) that sorts the assignments by expert, and the experts' CSR offsets (E + 1)."""
     if num_experts <= np.iinfo(np.int16).max:
         # Radix sorts take one pass a byte of the key.
         expert_N = expert_N.to(torch.int16)
-        if expert_N.device.type == "cpu":
-            # numpy sorts 16-bit integers by radix: 4 to 8 times faster than torch's comparison sort.
-            return torch.from_numpy(np.argsort(expert_N.numpy(), kind="stable"))
-    return torch.sort(expert_N, stable=True).indices
+    if expert_N.device.type == "cpu":
+        # numpy sorts 16-bit integers by radix: 4 to 8 times faster than torch's comparison sort.
+        order_N = torch.from_numpy(np.argsort(expert_N.numpy(), kind="stable"))
+        return order_N, _offsets(torch.bincount(expert_N, minlength=num_experts))
+    return sorted_on_device(expert_N, num_experts)
+
+
+def sorted_on_device(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The same with what waits for no device: `bincount` would, to learn its largest entry."""
+    sorted_N, order_N = torch.sort(expert_N, stable=True)
+    bound = torch.arange(num_experts + 1, device=expert_N.device, dtype=expert_N.dtype)
+    return order_N, torch.searchsorted(sorted_N, bound)
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """Where each entry of a permutation lies."""
+    if order_N.device.type != "cpu":
+        return order_N.to(torch.int32).argsort()  # half the passes that 64 bits take
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(order_N.numel())
+    return place_N

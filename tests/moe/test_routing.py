@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from records.errors import UsageError
 from repro.moe import RouterOutput, Routing, RoutingError, TopK, balance_loss
-from repro.moe.routing import stable_top_k
+from repro.moe.routing import _Chosen, by_sorting, inverse, scores_of, sorted_on_device, stable_top_k
 
 
 def router(scores_TE: torch.Tensor, k: int, renormalize: bool = True) -> RouterOutput:
@@ -112,3 +112,33 @@ def test_bad_routings_say_what_was_found() -> None:
     with pytest.raises(RoutingError, match="found -2"):
         Routing.from_slots(torch.tensor([[-2]]), torch.rand(1, 1), 4, all_filled=True)
     assert issubclass(RoutingError, UsageError)
+
+
+@pytest.mark.parametrize(("N", "E"), [(0, 4), (1, 1), (60, 7), (60, 40_000)])
+def test_sorting_for_a_device_gives_the_order_and_offsets_of_the_cpu(N: int, E: int) -> None:
+    expert_N = torch.randint(0, min(E, 9), (N,))
+    expert_N[: N // 3] = E - 1
+    order_N, by_expert = by_sorting(expert_N, E)
+    for keys in (expert_N, expert_N.to(torch.int16) if E < 2**15 else expert_N):
+        found_N, bounds = sorted_on_device(keys, E)
+        assert torch.equal(found_N, order_N)
+        assert torch.equal(bounds, by_expert)
+        assert (found_N.dtype, bounds.dtype) == (torch.int64, torch.int64)
+
+
+def test_the_inverse_of_a_permutation() -> None:
+    order_N = torch.randperm(50)
+    assert torch.equal(inverse(order_N)[order_N], torch.arange(50))
+    assert torch.equal(order_N.to(torch.int32).argsort(), inverse(order_N)), "what other devices do"
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_scores_of_the_chosen_are_a_gather_forward_and_backward(k: int) -> None:
+    scores_TE = torch.rand(20, 6, requires_grad=True)
+    expert_TK = stable_top_k(torch.rand(20, 6), k)
+    dchosen_TK = torch.randn(20, k)
+    expected = torch.autograd.grad(scores_TE.gather(1, expert_TK), scores_TE, dchosen_TK)[0]
+    chosen_TK = _Chosen.apply(scores_TE, expert_TK)  # type: ignore[no-untyped-call]
+    assert torch.equal(chosen_TK, scores_TE.gather(1, expert_TK))
+    assert torch.equal(torch.autograd.grad(chosen_TK, scores_TE, dchosen_TK)[0], expected)
+    assert torch.equal(scores_of(scores_TE, expert_TK), chosen_TK)
