@@ -95,7 +95,7 @@ class _Experts(torch.autograd.Function):
         blocks: list[_Block],
     ) -> Tensor:
         F, D = w_down_EFD.shape[1:]
-        steps, view = _steps(x_TD.dtype)
+        steps, view = steps_for(x_TD.dtype)
         x_TD = x_TD.contiguous()
         rows_N = routing.token_N[routing.order_N]
         s_N = weight_N[routing.order_N].to(x_TD.dtype)
@@ -126,7 +126,7 @@ class _Experts(torch.autograd.Function):
         need_x, need_s, need_up, need_down = ctx.needs_input_grad[:4]
         blocks: list[_Block] = ctx.blocks
         F, D = w_down_EFD.shape[1:]
-        steps, view = _steps(x_TD.dtype)
+        steps, view = steps_for(x_TD.dtype)
         ups = w_up_EDF.transpose(1, 2).unbind()
         downs = w_down_EFD.transpose(1, 2).unbind()
         x_buffer, dh_buffer, a_buffer, da_buffer, do_buffer = _buffers(x_TD, blocks, (D, 2 * F, F, F, D))
@@ -168,8 +168,8 @@ def _compiles(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and compiled()
 
 
-def _steps(dtype: torch.dtype) -> tuple[Any, Callable[[Tensor], Any]]:
-    """What is done to rows between GEMMs, and how it sees a tensor."""
+def steps_for(dtype: torch.dtype) -> tuple[Any, Callable[[Tensor], Any]]:
+    """What is done to rows between GEMMs (`repro.moe.cpu_rows`), compiled if it is, and how that sees a tensor."""
     if _compiles(dtype):
         return importlib.import_module("repro.moe.cpu_rows_compiled"), lambda z: z.detach().numpy()
     return cpu_rows, lambda z: z

@@ -7,6 +7,7 @@ fused, so how wide the processor's vectors are changes no bit.
 # The decorators have no types, and the compiled functions take what their signatures say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,21 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Compiled when this module is imported, in about two seconds: a cache on disk would be one more thing that can be stale.
 _OPTIONS: Any = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}
 _ROWS, _VALUES, _NUMBERS = "float32[:, ::1]", "float32[::1]", "int64[::1]"
+
+
+def _compiled(*arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile for these arguments, in half a second each, or load from numba's cache what was compiled before."""
+
+    def compiled(function):
+        try:
+            return njit(f"void({', '.join(arguments)})", cache=True, **_OPTIONS)(function)
+        except RuntimeError:  # no folder that a cache may be written to
+            return njit(f"void({', '.join(arguments)})", **_OPTIONS)(function)
+
+    return compiled
+
 
 _LOG2_E = np.float32(np.log2(np.e))
 # ln 2 in two parts, the first of so few bits that its product with a small integer is exact
@@ -54,7 +67,7 @@ def _sigmoid(z):
     return _ONE / (_ONE + series * _as_float32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
-@njit(f"void({_ROWS}, {_NUMBERS}, {_ROWS})", **_OPTIONS)
+@_compiled(_ROWS, _NUMBERS, _ROWS)
 def gather(x_TD, rows_N, out_ND):
     """See `repro.moe.cpu_rows`, as for the others."""
     for n in range(len(rows_N)):
@@ -63,7 +76,7 @@ def gather(x_TD, rows_N, out_ND):
             out_ND[n, d] = x_TD[row, d]
 
 
-@njit(f"void({_ROWS}, {_NUMBERS}, {_ROWS})", **_OPTIONS)
+@_compiled(_ROWS, _NUMBERS, _ROWS)
 def scatter_add(y_TD, rows_N, z_ND):
     for n in range(len(rows_N)):
         row = rows_N[n]
@@ -71,7 +84,7 @@ def scatter_add(y_TD, rows_N, z_ND):
             y_TD[row, d] += z_ND[n, d]
 
 
-@njit(f"void({_ROWS}, {_VALUES}, {_ROWS})", **_OPTIONS)
+@_compiled(_ROWS, _VALUES, _ROWS)
 def forward(h_NF, s_N, a_NF):
     F = a_NF.shape[1]
     for n in range(len(s_N)):
@@ -81,7 +94,7 @@ def forward(h_NF, s_N, a_NF):
             a_F[f] = gate * _sigmoid(gate) * up_F[f] * s
 
 
-@njit(f"void({_ROWS}, {_VALUES}, {_ROWS}, {_ROWS}, {_ROWS}, {_VALUES})", **_OPTIONS)
+@_compiled(_ROWS, _VALUES, _ROWS, _ROWS, _ROWS, _VALUES)
 def backward(h_NF, s_N, da_NF, a_NF, dh_NF, ds_N):
     """A dot product is summed by halves: the upper half of the row is added to the lower one until one number is left."""
     F = a_NF.shape[1]

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_the_environment_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numeric_environment("cpu").compiled == "nothing"
 
 
-def test_bits_do_not_depend_on_how_wide_the_processors_vectors_are() -> None:
+def test_bits_do_not_depend_on_how_wide_the_processors_vectors_are(tmp_path: Path) -> None:
     script = (
         "import hashlib, numpy as np; from repro.moe import cpu_rows_compiled as rows\n"
         "draw = np.random.default_rng(0).standard_normal\n"
@@ -103,6 +104,15 @@ def test_bits_do_not_depend_on_how_wide_the_processors_vectors_are() -> None:
         subprocess.run(
             [sys.executable, "-c", script], env=os.environ | extra, capture_output=True, text=True, check=True
         ).stdout
-        for extra in ({}, {"NUMBA_LOOP_VECTORIZE": "0"})  # one number at a time
+        for extra in ({}, {"NUMBA_LOOP_VECTORIZE": "0", "NUMBA_CACHE_DIR": str(tmp_path)})  # the second: one at a time
     }
     assert len(found) == 1
+
+
+def test_where_no_cache_can_be_written_they_are_compiled_each_time() -> None:
+    script = (
+        "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []\n"
+        "from repro.moe import cpu_rows_compiled as rows; print(rows.gather.stats.cache_path)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
