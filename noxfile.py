@@ -148,8 +148,9 @@ def reproduce_mssp(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """What needs a GPU: the core's tests there, and the benchmarks against its peers."""
+    """What needs a GPU: tests, tiles, benchmarks beside peers; `-- --out DIR --steps tests,tune,moe,train --budget MINUTES`."""
     _install(session)
-    _run(session, "pytest", "tests/moe/test_cuda.py", *session.posargs)
-    for what in ("moe", "train"):
-        _run(session, "repro", "bench", what, "--device", "cuda")
+    _run(
+        session, "python", "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable", ".[gpu]"
+    )
+    _run(session, "repro", "bench", "gpu", *session.posargs)

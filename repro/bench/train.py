@@ -1,6 +1,7 @@
 """How fast training is, by size of the model, and how little a step slows as experts are added.
 
-- for each size: tokens/s, model FLOPs utilisation, peak memory, and the share of a step that the optimizer takes
+- for each size: tokens/s, model FLOPs utilisation, peak memory, and the share of a step that the optimizer takes; on a GPU
+  `small` by torch's grouped GEMMs (`auto`) and by our Triton kernels
 - for each number of experts at fixed k: the step's time against that of the fewest experts, side by side, and what it is
   made of: data, forward and backward (the experts' GEMMs alone beside it), optimizer
 
@@ -24,7 +25,8 @@ from repro.accounting import accounting
 from repro.data.batches import Batches
 from repro.data.corpus import load
 from repro.environment import set_deterministic
-from repro.model import ModelConfig, ModelOutput, Transformer
+from repro.model import ModelConfig, ModelOutput, Transformer, init_std
+from repro.moe import triton
 from repro.train import Mechanism, TrainConfig, make_optimizer, training_step
 
 _NANO = ModelConfig(d_model=64, d_expert=32, num_layers=2, num_heads=4, num_experts=16, top_k=2, context=128)
@@ -54,7 +56,10 @@ def measure(*, device: str = "cpu", rounds: int = 5, steps: int = 10) -> dict[st
     if device not in _SIZES or (device == "cuda" and not torch.cuda.device_count()):
         raise UsageError(f"bench train: expected the device cpu, or cuda on a machine with a GPU, found {device!r}")
     set_deterministic()
-    sizes = {name: _Trainer(model, batch, device) for name, (model, batch) in _SIZES[device].items()}
+    configs = dict(_SIZES[device])
+    if device == "cuda" and triton.supports(torch.empty(0, device=device, dtype=torch.bfloat16)):
+        configs["small-triton"] = (replace(_SMALL, backend="triton"), _SIZES[device]["small"][1])
+    sizes = {name: _Trainer(model, batch, device) for name, (model, batch) in configs.items()}
     ceiling = _gemm_rate(device)
     results = []
     for name, trainer in sizes.items():
@@ -113,7 +118,7 @@ class _Trainer:
     def __init__(self, config: ModelConfig, batch: int, device: str) -> None:
         precision: Literal["bfloat16", "float32"] = "bfloat16" if device == "cuda" else "float32"
         self.train = TrainConfig(steps=1, batch=batch, context=config.context, lr=1e-3, precision=precision)
-        self.model = Transformer(config).to(device)
+        self.model = Transformer(config) if device == "cpu" else drawn_on(device, config)
         self.optimizer = make_optimizer(self.model, self.train)
         self.tokens = batch * config.context
         self._batches = Batches(data=load("stdlib").train, batch=batch, context=config.context, seed=0)
@@ -172,7 +177,12 @@ class _Trainer:
             self._update(*self._batch())
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens_BS, targets_BS = (part.to(self._device) for part in self._batches.at(self._step))
+        tokens_BS, targets_BS = self._batches.at(self._step)
+        if self._device == "cpu":
+            return tokens_BS, targets_BS
+        # From pinned memory, as the training loop does: from any other the host would wait for the step before.
+        pinned = (part.pin_memory() for part in (tokens_BS, targets_BS))
+        tokens_BS, targets_BS = (part.to(self._device, non_blocking=True) for part in pinned)
         return tokens_BS, targets_BS
 
     def _update(
@@ -182,6 +192,20 @@ class _Trainer:
             self.model, self.optimizer, self.train, tokens_BS, targets_BS, Mechanism(), self._step, seed=0, look=look
         )
         self._step += 1
+
+
+@torch.no_grad()
+def drawn_on(device: str, config: ModelConfig) -> Transformer:
+    """A model whose weights are drawn on `device`: of the right size, no more. A billion of them take a CPU a minute."""
+    with torch.device(device):
+        model = Transformer(config, None)
+    for name, parameter in model.named_parameters():
+        std = init_std(name, config)
+        if std is None:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, std)
+    return model
 
 
 def _now(device: str) -> float:

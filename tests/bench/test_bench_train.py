@@ -4,7 +4,7 @@ import pytest
 
 from records.errors import UsageError
 from repro.bench import train
-from repro.model import ModelConfig
+from repro.model import ModelConfig, Transformer
 
 
 def test_every_figure_is_there_and_the_fewest_experts_are_the_unit(monkeypatch):
@@ -28,3 +28,14 @@ def test_every_figure_is_there_and_the_fewest_experts_are_the_unit(monkeypatch):
 def test_a_device_that_is_not_there():
     with pytest.raises(UsageError, match="found 'tpu'"):
         train.measure(device="tpu")
+
+
+def test_weights_drawn_on_a_device_have_the_spread_of_those_of_a_run():
+    config = ModelConfig(d_model=64, d_expert=32, num_layers=1, num_heads=2, num_experts=4, top_k=2, context=16)
+    made, drawn = Transformer(config), train.drawn_on("cpu", config)
+    for (name, expected), found in zip(made.state_dict().items(), drawn.state_dict().values(), strict=True):
+        assert found.shape == expected.shape
+        if expected.numel() > 64:
+            assert float(found.std() / expected.std()) == pytest.approx(1, abs=0.1), name
+        else:
+            assert (found == expected).all(), name
