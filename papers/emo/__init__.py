@@ -24,7 +24,7 @@ See README.md for deviations.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class FirstExperts:
 
     k: int
     count: int
+    fills_all: ClassVar[bool] = True
 
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Experts (T, k), all below `count`, and weights that sum to 1."""

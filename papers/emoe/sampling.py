@@ -8,7 +8,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from records.errors import UsageError
 from repro.model import ModelOutput
 from repro.moe import RouterOutput, RoutingRule, TopK
-from repro.moe.routing import stable_top_k
+from repro.moe.routing import scores_of, stable_top_k
 from repro.seeds import derive
 from repro.train import Mechanism
 
@@ -36,6 +36,7 @@ class CoActivation:
     renormalize: bool
     generator: torch.Generator
     size: Literal["token", "layer"] | int = "token"
+    fills_all: ClassVar[bool] = True
 
     def __call__(self, scores_TE: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Experts (T, k_train) and weights, differentiable in the scores."""
@@ -52,7 +53,7 @@ class CoActivation:
             draw_TP = draw_TP.masked_fill(torch.arange(P, device=device) >= size_T1, 2.0)  # outside the pool: last
             rank_TK = draw_TP.argsort(dim=1, stable=True)[:, : self.k_train].sort(dim=1).values
             expert_TK = pool_TP.gather(1, rank_TK.to(pool_TP.device))
-        weight_TK = scores_TE.gather(1, expert_TK)
+        weight_TK = scores_of(scores_TE, expert_TK)
         if self.renormalize:
             weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
         return expert_TK, weight_TK

@@ -27,11 +27,13 @@ _TESTS = Path(repro.__file__).parents[1] / "tests" / "moe" / "test_cuda.py"
 _GRACE_S = 60
 
 
-def run(out: Path, *, steps: str | None, budget: float | None, say: Callable[[str], object]) -> int:
+def run(
+    out: Path, *, steps: str | None, budget: float | None, say: Callable[[str], object], shapes: str | None = None
+) -> int:
     """Run the steps named (all by default) with results in `out`, each for at most `budget` minutes (default 9).
 
-    Says a line a step. Returns 0, or 1 where a step failed or ran out of time; the others are run nevertheless. Raises
-    `UsageError` for a step that is none, or where torch sees no GPU.
+    `shapes` are those of `tune` and `moe`, as --shapes has them. Says a line a step. Returns 0, or 1 where a step failed or
+    ran out of time; the others are run nevertheless. Raises `UsageError` for a step that is none, or where torch sees no GPU.
     """
     chosen = tuple(steps.split(",")) if steps else STEPS
     unknown = [step for step in chosen if step not in STEPS]
@@ -51,16 +53,16 @@ def run(out: Path, *, steps: str | None, budget: float | None, say: Callable[[st
             "bench gpu: expected a GPU that torch sees, found none; repro bench moe and train run on a CPU"
         )
     out.mkdir(parents=True, exist_ok=True)
-    codes = [_step(name, out, minutes, say) for name in chosen]
+    codes = [_step(name, out, minutes, shapes, say) for name in chosen]
     (out / "tables.md").write_text(tables(out), encoding="utf-8")
     say(f"{out / 'tables.md'}: the results as tables")
     return max(codes)
 
 
-def _step(name: str, out: Path, minutes: float, say: Callable[[str], object]) -> int:
+def _step(name: str, out: Path, minutes: float, shapes: str | None, say: Callable[[str], object]) -> int:
     """0, or 1 where the step failed or ran out of time."""
     target = out / ("tests.txt" if name == "tests" else f"{name}.json")
-    command = _command(name, out, minutes)
+    command = _command(name, out, minutes, shapes)
     if command is None:
         say(f"{name}: skipped, for there is no {_TESTS.name} here, or no pytest")
         return 0
@@ -82,7 +84,7 @@ def _step(name: str, out: Path, minutes: float, say: Callable[[str], object]) ->
     return int(code != 0)
 
 
-def _command(name: str, out: Path, minutes: float) -> list[str] | None:
+def _command(name: str, out: Path, minutes: float, shapes: str | None = None) -> list[str] | None:
     if name == "tests":
         if not _TESTS.exists() or importlib.util.find_spec("pytest") is None:
             return None
@@ -92,7 +94,9 @@ def _command(name: str, out: Path, minutes: float) -> list[str] | None:
     tiles = out / "tiles.json"
     if name == "tune" or tiles.exists():
         bench += ["--tiles", str(tiles)]
-    return bench if name == "train" else [*bench, "--budget", f"{minutes - _GRACE_S / 60:g}"]
+    if name == "train":
+        return bench
+    return [*bench, *(["--shapes", shapes] if shapes else []), "--budget", f"{minutes - _GRACE_S / 60:g}"]
 
 
 def tables(folder: Path) -> str:

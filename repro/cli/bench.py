@@ -23,7 +23,9 @@ def add_parser(subparsers: Any) -> None:
         help="moe and tune: begin no shape later; gpu: for each step (default: 9)",
     )
     command.add_argument(
-        "--shapes", metavar="1,2,…", help="moe: these of the list alone, by their place in it; tune: their widths"
+        "--shapes",
+        metavar="1,2,…",
+        help="moe: these of the list alone, by their place in it; tune: their widths; gpu: for both",
     )
     command.add_argument(
         "--tiles", type=Path, metavar="FILE", help="moe and train: this table of tile sizes; tune: where to write it"
@@ -48,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.what == "gpu":
         from repro.bench import gpu
 
-        return gpu.run(arguments.out or Path("runs/gpu"), steps=arguments.steps, budget=arguments.budget, say=print)
+        out = arguments.out or Path("runs/gpu")
+        return gpu.run(out, steps=arguments.steps, budget=arguments.budget, shapes=arguments.shapes, say=print)
     else:
         from repro.environment import require_torch
 

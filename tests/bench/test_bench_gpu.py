@@ -11,6 +11,7 @@ import torch
 from records.errors import UsageError
 from repro.bench import gpu, moe, train
 from repro.cli import main
+from repro.moe.tiles import packaged
 
 
 @pytest.fixture
@@ -52,6 +53,9 @@ def test_commands_use_the_table_that_was_tuned(tmp_path: Path) -> None:
     assert "--tiles" not in gpu._command("moe", tmp_path, 9)  # type: ignore[operator]
     (tmp_path / "tiles.json").touch()
     assert gpu._command("moe", tmp_path, 9)[-4:] == ["--tiles", str(tmp_path / "tiles.json"), "--budget", "8"]  # type: ignore[index]
+    named = gpu._command("moe", tmp_path, 9, "1,3")
+    assert named is not None
+    assert named[-4:] == ["--shapes", "1,3", "--budget", "8"]
     assert gpu._command("train", tmp_path, 9)[-2:] == ["--tiles", str(tmp_path / "tiles.json")]  # type: ignore[index]
 
 
@@ -129,3 +133,22 @@ def test_the_command_line_names_what_cannot_be(
     assert main(["bench", *words]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_named_shapes_are_measured_with_a_given_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "tiles.json"
+    table.write_text(packaged().text())
+    assert main(["bench", "moe", "--shapes", "8", "--tiles", str(table), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [shape["d_model"] for shape in result["shapes"]] == [64]
+    table.write_text("{}")
+    assert main(["bench", "moe", "--shapes", "8", "--tiles", str(table)]) == 3
+    assert "expected schema repro.moe.tiles/v1" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_failure_of_ours_is_an_exit_code_and_one_of_theirs_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, code in (("triton", 1), ("liger", 0)):
+        monkeypatch.setattr(moe, "measure", lambda name=name, **_: {"shapes": [{"failed": {name: "why"}}]})
+        assert main(["bench", "moe"]) == code
