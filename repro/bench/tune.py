@@ -72,9 +72,11 @@ CANDIDATES: Mapping[str, Sequence[Tile]] = {
     "d_hidden": (
         Tile(128, 64, 64, 8, 3),
         Tile(128, 64, 64, 8, 4),
-        Tile(64, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 3, 2),
+        Tile(64, 128, 64, 8, 3, 2),
         Tile(64, 64, 64, 4, 3, 2),
-        Tile(64, 64, 64, 4, 4, 2),
     ),
     "dx": _ROWS,
     "dw_up": _WEIGHTS,

@@ -139,24 +139,39 @@ def _d_hidden(
                 at = w_e + f[None, :] * D + d[:, None]
                 w_tile = tl.load(at, mask=d_in[:, None] & f_in[None, :], other=0)
                 da = tl.dot(dy_tile, w_tile, da, input_precision="ieee")
-            tile_in = row_in[:, None] & f_in[None, :]
-            wide = m[:, None] * 2 * F + f[None, :]
+            scale = tl.load(s + first + m, mask=row_in, other=0)[:, None]
             h_e = h + first * 2 * F
             dh_e = dh + first * 2 * F
-            gate = tl.load(h_e + wide, mask=tile_in, other=0).to(tl.float32)
-            up = tl.load(h_e + F + wide, mask=tile_in, other=0).to(tl.float32)
-            scale = tl.load(s + first + m, mask=row_in, other=0)[:, None]
-            sigma = tl.sigmoid(gate)
-            silu = gate * sigma
-            act = silu * up
+            a_e = a + first * F
+            if BN < 128:
+                partial = _hidden_columns(da, h_e, dh_e, a_e, m, f, row_in, scale, F)
+            else:
+                # In two halves: what the whole tile needs beside its sum would not fit the registers.
+                left, right = tl.split(tl.permute(tl.reshape(da, (BM, 2, BN // 2)), (0, 2, 1)))
+                half = (tile % columns) * BN + tl.arange(0, BN // 2)
+                partial = _hidden_columns(left, h_e, dh_e, a_e, m, half, row_in, scale, F)
+                partial += _hidden_columns(right, h_e, dh_e, a_e, m, half + BN // 2, row_in, scale, F)
             place = tl.load(order + first + m, mask=row_in, other=0)
-            tl.store(ds + place * columns + tile % columns, tl.sum(da * act, axis=1), mask=row_in)
-            narrow = m[:, None] * F + f[None, :]
-            tl.store(a + first * F + narrow, (act * scale).to(a.dtype.element_ty), mask=tile_in)
-            da = da * scale
-            tl.store(dh_e + F + wide, (da * silu).to(dh.dtype.element_ty), mask=tile_in)
-            dgate = da * up * (sigma + silu * (1 - sigma))
-            tl.store(dh_e + wide, dgate.to(dh.dtype.element_ty), mask=tile_in)
+            tl.store(ds + place * columns + tile % columns, partial, mask=row_in)
+
+
+@triton.jit
+def _hidden_columns(da, h_e, dh_e, a_e, m, f, row_in, scale, F: tl.constexpr):
+    # Writes s·A and dH of these columns from dA' and the pre-activation; returns their part of ds.
+    tile_in = row_in[:, None] & (f < F)[None, :]
+    wide = m[:, None] * 2 * F + f[None, :]
+    gate = tl.load(h_e + wide, mask=tile_in, other=0).to(tl.float32)
+    up = tl.load(h_e + F + wide, mask=tile_in, other=0).to(tl.float32)
+    sigma = tl.sigmoid(gate)
+    silu = gate * sigma
+    act = silu * up
+    partial = tl.sum(da * act, axis=1)
+    tl.store(a_e + (m[:, None] * F + f[None, :]), (act * scale).to(a_e.dtype.element_ty), mask=tile_in)
+    da = da * scale
+    tl.store(dh_e + F + wide, (da * silu).to(dh_e.dtype.element_ty), mask=tile_in)
+    dgate = da * up * (sigma + silu * (1 - sigma))
+    tl.store(dh_e + wide, dgate.to(dh_e.dtype.element_ty), mask=tile_in)
+    return partial
 
 
 @triton.jit(do_not_specialize=["total"])

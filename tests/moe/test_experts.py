@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repro.moe import MoEMemoryError, Routing, RoutingError, TopK, apply_experts, cpu, experts, triton
+from repro.moe import MoEMemoryError, Routing, RoutingError, TopK, apply_experts, cpu, experts, tiles, triton
 
 FAST = ["cpu", "grouped"]
 # Triton's interpreter runs the kernels without a GPU; up to 3.6 it cannot count with numpy 2.4's arrays.
@@ -268,6 +268,23 @@ def test_triton_orders_skip_empty_slots() -> None:
     routing = Routing.from_slots(expert_TK, torch.ones(4, 2), 4, kernels=True)
     assert routing.token_N[routing.order_N].tolist() == [2, 3, 0, 2, 3]
     assert routing.by_expert.tolist() == [0, 1, 2, 5, 5]
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="triton is not there, or cannot be interpreted")
+@pytest.mark.parametrize("size", [(20, 16, 136, 3), (33, 32, 64, 2)])
+def test_triton_with_other_tiles(size: tuple[int, int, int, int]) -> None:
+    # Wide enough for the hidden layer's gradients to be taken in halves; deep enough, and not, to fill every tile.
+    T, D, F, E = size
+    tile = tiles.Tile(16, 64, 32, 4, 1)
+    both = dict.fromkeys(tiles.LAUNCHES, tile) | {"d_hidden": tiles.Tile(32, 128, 16, 4, 1)}
+    table = tiles.Table(defaults=dict.fromkeys(tiles.packaged().defaults, tiles.Tiles(**both)), measured={}, places={})
+    inputs, gate_TK = case(slots_of("top-2", T, E), E, D, F)
+    dy_TD = torch.randn(T, D)
+    expected = gradients(inputs, gate_TK, dy_TD, "reference")
+    with tiles.use(table):
+        found = gradients(inputs, gate_TK, dy_TD, "triton")
+    for name, one, other in zip(("y", "dx", "dgate", "dup", "ddown"), found, expected, strict=True):
+        assert relative(one, other) < 2e-6, name
 
 
 @pytest.mark.skipif("triton" not in FAST, reason="triton is not there, or cannot be interpreted")
