@@ -51,6 +51,10 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite, without what needs a GPU or an hour."""
     _install(session)
+    if sys.platform == "linux" and not any(SHARED.glob("lib/*/site-packages/triton")):
+        # torch's builds for the CPU leave Triton out; its interpreter runs our kernels there. No extra and no pin holds it, for
+        # torch's builds for CUDA each ask for a version of their own.
+        _run(session, "python", "-m", "pip", "install", "--quiet", "triton~=3.8.0")
     _run(session, "pytest", *session.posargs)
 
 
