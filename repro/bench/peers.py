@@ -105,9 +105,14 @@ def _transformers(inputs: Inputs, how: str) -> tuple[Forward, tuple[Tensor, ...]
 
 
 def _liger(inputs: Inputs) -> tuple[Forward, tuple[Tensor, ...]]:
-    if inputs.x_TD.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if inputs.x_TD.device.type != "cuda":
         raise AbsentError("needs a GPU")
     _need("liger_kernel", inputs, uneven=False)
+    return liger_experts(inputs)
+
+
+def liger_experts(inputs: Inputs) -> tuple[Forward, tuple[Tensor, ...]]:
+    """Liger's fused MoE, with x, the weights of the slots and the experts in its layout."""
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")  # it looks when it is imported
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 

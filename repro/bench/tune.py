@@ -37,7 +37,11 @@ _ROWS = (
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 64, 8, 4),
     Tile(256, 128, 64, 8, 3),
+    # Two or three programs a multiprocessor, one of which writes while another multiplies: where experts are narrow, so is
+    # the sum, and a tile spends as long on its ends as on its middle.
+    Tile(128, 128, 64, 8, 2, 2),
     Tile(64, 128, 64, 4, 4, 2),
+    Tile(64, 128, 64, 4, 3, 3),
 )
 _WEIGHTS = (
     Tile(128, 128, 64, 8, 3),

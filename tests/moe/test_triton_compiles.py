@@ -94,6 +94,7 @@ def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> 
     check(widths, [(name, *astuple(getattr(tiles, name))) for name in LAUNCHES] + OTHERS, tmp_path)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_tiles_that_are_tried_compile_too(launch: str, tmp_path: Path) -> None:
     check((4096, 1024), [(launch, *astuple(tile)) for tile in CANDIDATES[launch]], tmp_path)
