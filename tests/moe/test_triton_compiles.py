@@ -50,7 +50,7 @@ for launch, *numbers in json.loads(sys.argv[3]):
     }[launch]
     function = getattr(triton_kernels, kernel)
     names = function.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, sys.argv[4]) for n in names}
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -66,11 +66,15 @@ PRODUCTS = {"up", "down", "dx", "d_hidden", "dw_up", "dw_down"}
 OTHERS = [(name, 128, 128, 64, 4, 1) for name in ("map", "count", "scan_blocks", "scan_experts", "scatter")]
 
 
-def check(widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder: Path) -> None:
-    """Compile these launches and their tiles as for bfloat16 on an H200, and look at what came out."""
+def check(
+    widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Compile these launches and their tiles as for an H200, and look at what came out; float32 has no tensor core."""
+    products = PRODUCTS if dtype == torch.bfloat16 else set()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(["", *sys.path])}
     command = [sys.executable, "-c", COMPILE, *map(str, widths), json.dumps(launches)]
+    command.append("*bf16" if dtype == torch.bfloat16 else "*fp32")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ptxas = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas"  # type: ignore[union-attr, arg-type]
@@ -79,7 +83,7 @@ def check(widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder
     for kernel, launch in zip(kernels, launches, strict=True):
         assert kernel["shared"] <= 227 * 1024, launch  # what a program on an H200 may hold
         assert not re.search(r"\b(atom|red)\.", kernel["ptx"]), launch
-        assert ("wgmma" in kernel["ptx"]) == (kernel["launch"] in PRODUCTS), launch
+        assert ("wgmma" in kernel["ptx"]) == (kernel["launch"] in products), launch
         source = folder / "kernel.ptx"
         source.write_text(kernel["ptx"])
         usage = subprocess.run(
@@ -88,10 +92,12 @@ def check(widths: tuple[int, int], launches: list[tuple[str | int, ...]], folder
         assert " 0 bytes spill stores" in usage.stderr, (launch, usage.stderr)
 
 
-@pytest.mark.parametrize("widths", [(4096, 1024), (136, 72)])
-def test_kernels_compile_for_hopper(widths: tuple[int, int], tmp_path: Path) -> None:
-    tiles = tiles_for(*widths, torch.bfloat16)
-    check(widths, [(name, *astuple(getattr(tiles, name))) for name in LAUNCHES] + OTHERS, tmp_path)
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [((4096, 1024), torch.bfloat16), ((136, 72), torch.bfloat16), ((136, 72), torch.float32)]
+)
+def test_kernels_compile_for_hopper(widths: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
+    tiles = tiles_for(*widths, dtype)
+    check(widths, [(name, *astuple(getattr(tiles, name))) for name in LAUNCHES] + OTHERS, tmp_path, dtype)
 
 
 @pytest.mark.timeout(1200)
