@@ -160,11 +160,12 @@ def _train(data: Mapping[str, Any]) -> str:
             f"{1e3 * size['seconds_a_step']['median']:.1f}",
             f"{size['flops_utilisation']:.1%}",
             f"{size['optimizer_share']:.1%}",
+            _spread(size["cost_of_determinism"]),
             f"{size['peak_bytes'] / 2**30:.1f}",
         ]
         for size in data["sizes"]
     ]
-    text += _table(["size", "tokens/s", "ms a step", "utilisation", "optimizer", "GiB"], rows)
+    text += _table(["size", "tokens/s", "ms a step", "utilisation", "optimizer", "deterministic", "GiB"], rows)
     rows = [
         [str(point["num_experts"]), f"{1e3 * point['seconds_a_step']['median']:.1f}", _spread(point["ratio"])]
         for point in data["experts"]

@@ -1,7 +1,8 @@
 """How fast training is, by size of the model, and how little a step slows as experts are added.
 
-- for each size: tokens/s, model FLOPs utilisation, peak memory, and the share of a step that the optimizer takes; on a GPU
-  `small` by torch's grouped GEMMs (`auto`) and by our Triton kernels
+- for each size: tokens/s, model FLOPs utilisation, peak memory, the share of a step that the optimizer takes, and a step's time
+  under torch's deterministic flags, as all training is, over its time without; on a GPU `small` by torch's grouped GEMMs
+  (`auto`) and by our Triton kernels
 - for each number of experts at fixed k: the step's time against that of the fewest experts, side by side, and what it is
   made of: data, forward and backward (the experts' GEMMs alone beside it), optimizer
 
@@ -76,6 +77,7 @@ def measure(*, device: str = "cpu", rounds: int = 5, steps: int = 10) -> dict[st
                 "seconds_a_step": _spread(seconds),
                 "flops_utilisation": cost.flops_training * trainer.tokens / step / ceiling,
                 "optimizer_share": trainer.optimizer_seconds(steps) / step,
+                "cost_of_determinism": _spread([trainer.cost_of_determinism(steps) for _ in range(rounds)]),
                 "peak_bytes": _peak_bytes(device),
             }
         )
@@ -129,6 +131,15 @@ class _Trainer:
     def seconds(self, steps: int) -> float:
         """Seconds a step, batches included."""
         return _timed(self._device, lambda: self._train(steps)) / steps
+
+    def cost_of_determinism(self, steps: int) -> float:
+        """A step's time under the deterministic flags over one without, one after the other."""
+        flagged = self.seconds(steps)
+        torch.use_deterministic_algorithms(False)
+        try:
+            return flagged / self.seconds(steps)
+        finally:
+            torch.use_deterministic_algorithms(True)
 
     def parts(self, steps: int) -> dict[str, float]:
         """Seconds a step of making the batch, of forward and backward, of the update, and of the experts' GEMMs alone."""

@@ -1,6 +1,7 @@
 """`repro bench train` in its smallest form: that it measures what it says, not how fast this machine is."""
 
 import pytest
+import torch
 
 from records.errors import UsageError
 from repro.bench import train
@@ -16,6 +17,8 @@ def test_every_figure_is_there_and_the_fewest_experts_are_the_unit(monkeypatch):
     assert size["tokens_a_step"] == 32
     assert size["tokens_per_second"] == pytest.approx(32 / size["seconds_a_step"]["median"])
     assert size["optimizer_share"] > 0
+    assert 0.1 < size["cost_of_determinism"]["median"] < 10
+    assert torch.are_deterministic_algorithms_enabled()
     assert 0 < size["flops_utilisation"] < 1
     assert [row["num_experts"] for row in result["experts"]] == [2, 4]
     assert result["experts"][0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
