@@ -1,7 +1,7 @@
 """Which tiles are fastest for the Triton backend on this GPU: a few a launch, for each pair of widths, into a table.
 
 - `CANDIDATES`: the tiles that are tried beside those in use. All of them compile for an H200 without spilling a register
-  (tests/moe/test_triton_compiles.py); wider ones do not
+  (tests/moe/test_triton_compiles.py, with REPRO_ALL_TILES=1)
 - `measure`: for each pair of widths of `repro bench moe`, at its largest even shape, each launch by each of its tiles
 
 Before they are timed all kernels are compiled, by as many threads as there are cores. A tile that does not run, or whose result
