@@ -5,12 +5,15 @@ import math
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 
 import papers.mssp as mssp
 from papers.mssp.optima import drifts, optima, tables
 from papers.mssp.settings import SETTINGS, grown
 from papers.mssp.slopes import after, slopes
+from records import canonical
 from records.errors import UsageError
+from records.package import read_bundle
 from repro.cli import main
 from repro.data import corpus
 from repro.data.batches import Batches
@@ -23,6 +26,7 @@ from repro.parameterization import scales, sizes_of
 from repro.report.figures import Courses, draw
 from repro.stats import slope
 from repro.train import Mechanism, train_segment
+from repro.workflow.evidence import load
 from repro.workflow.plan import make_plan
 
 START = "11" * 32
@@ -252,6 +256,13 @@ def test_a_lowest_loss_at_an_end_of_the_rates_has_no_optimum_and_no_drift():
     assert [interval for _, interval in drifts(row)] == [None]
     assert "x1 to x4: none" in tables({"sweep-mup-II": row})
     assert optima(sweep, {}, (0, 1)) == {}
+
+
+def test_the_readmes_optima_are_the_bundles():
+    files = read_bundle(ROOT / "papers/mssp/replications/mssp-sweep-nano.repro.zip")
+    plan = canonical.loads(files["plan.json"])
+    found = optima(SETTINGS["nano"].sweep, load(plan, files).evidence, plan["seeds"])
+    assert tables(found) in (ROOT / "papers/mssp/README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_printed(capsys):
