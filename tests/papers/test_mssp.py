@@ -10,7 +10,7 @@ from command_line import ROOT
 import papers.mssp as mssp
 from papers.mssp.optima import drifts, optima, tables
 from papers.mssp.settings import SETTINGS, grown
-from papers.mssp.slopes import after, slopes
+from papers.mssp.slopes import after, depth_slopes, slopes
 from records import canonical
 from records.errors import UsageError
 from records.package import read_bundle
@@ -180,6 +180,21 @@ def test_slopes_are_of_what_the_arms_measure(arms, tmp_path):
     values = [after(2, "mup", "III", width, 0, setting=smoke, base=base)["effective"] for width in (8, 16)]
     assert alone[0].mean == pytest.approx(slope((8, 16), values))
     assert alone[0].mean != slopes("mup", "III", seeds=(0,), widths=(8, 16), setting=smoke)["effective"].mean
+
+
+def test_slopes_against_depth_are_of_what_the_arms_measure(arms, tmp_path):
+    smoke = SETTINGS["smoke"]
+    depths = smoke.sweep.layers
+    for name, completep in (("mssp", True), ("plain", False)):
+        found = [course(arms[f"deep-check-{name}-{depth}"], tmp_path / f"{name}{depth}") for depth in depths]
+        here = depth_slopes(setting=smoke, seeds=(0,), completep=completep)
+        assert {term: value.mean for term, value in here.items()} == {
+            term: pytest.approx(slope(depths, [values[f"t2/{term}"] for values in found])) for term in here
+        }
+        assert {"init", "effective", "gradient"} <= set(here)
+    judged = depth_slopes(setting=smoke, seeds=(0,))["gradient"].mean
+    assert depth_slopes(setting=smoke, seeds=(0,), embedding=50)["gradient"].mean != judged
+    assert depth_slopes(setting=smoke, seeds=(0,), layer=0)["gradient"].mean != judged
 
 
 def test_arms_without_a_course_give_a_loss_alone(arms, tmp_path):
