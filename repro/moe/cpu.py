@@ -1,12 +1,11 @@
 """The CPU backend: one custom autograd Function that takes the experts in blocks small enough for the cache.
 
 A block's rows are gathered, go up through one GEMM an expert, through SwiGLU, down through another, and are added to
-their tokens in the order of the experts. What happens between GEMMs is `repro.moe.cpu_rows`, or in float32, where numba is
-installed, the same compiled. Nothing the size of all assignments is allocated: at the sizes that matter the page faults of a
-fresh buffer cost as much as the GEMM that fills it. Where all assignments fit the cache at once,
-the calls would cost more than the arithmetic, and `repro.moe.grouped`, with its few large steps, takes over. Which
-way, and the size of a block, follow from the shapes alone, so equal inputs take equal paths: no result depends on
-timing.
+their tokens in the order of the experts. What happens between GEMMs is `repro.moe.cpu_rows`, or in float32, where numba
+is installed, the same compiled. Nothing the size of all assignments is allocated: at the sizes that matter the page
+faults of a fresh buffer cost as much as the GEMM that fills it. Where all assignments fit the cache at once, the calls
+would cost more than the arithmetic, and `repro.moe.grouped`, with its few large steps, takes over. Which way, and the
+size of a block, follow from the shapes alone, so equal inputs take equal paths: no result depends on timing.
 
 A weight's gradient goes to the memory of its last one, once nobody holds that any more: with fresh memory each step, a
 seventh of the time at 64 experts of width 512 went to page faults.
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from repro.moe import cpu_rows, grouped
 from repro.moe.errors import RoutingError
@@ -120,6 +120,7 @@ class _Experts(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TD,) = grads
         x_TD, s_N, w_up_EDF, w_down_EFD, rows_N, order_N, *saved_h = ctx.saved_tensors

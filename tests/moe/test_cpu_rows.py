@@ -87,6 +87,16 @@ def test_the_layer_takes_them_for_float32_and_agrees_with_torchs_steps(monkeypat
         assert float((found - expected).norm()) < 1e-6 * float(expected.norm())
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_ALL_BYTES_COMPILED", 0)
+    x_TD = torch.randn(8, 16, requires_grad=True)
+    routing = Routing.from_slots(*TopK(2)(torch.rand(8, 4)), 4)
+    y_TD = apply_experts(x_TD, routing, torch.randn(4, 16, 16), torch.randn(4, 8, 16), "cpu")
+    (dx_TD,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx_TD.sum().backward()
+
+
 def test_the_environment_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numeric_environment("cpu").compiled.startswith("numba 0.")
     monkeypatch.setattr(cpu, "compiled", lambda: False)
