@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from papers.mssp.figures import figures
-from papers.mssp.settings import AT, CONTROLS, REGIMES, SETTINGS, SGD_CONTROL, Setting, Sweep, grown, times
+from papers.mssp.settings import AT, CONTROLS, REGIMES, SETTINGS, SGD_CONTROL, SWEPT, Setting, Sweep, grown, times
 from records.errors import UsageError
 from repro.coordinates import Coordinates, coordinates
 from repro.data.batches import evaluation_windows
@@ -31,7 +31,7 @@ from repro.experiment import Arm, Design
 from repro.model import ModelConfig, Transformer
 from repro.parameterization import Regime, Rule, parameterize
 from repro.parameterization import text as table  # noqa: F401 (what `repro claims mssp --table` prints)
-from repro.train import Mechanism, Segment
+from repro.train import Mechanism, Segment, TrainConfig
 
 
 def mechanism(config: Mapping[str, Any]) -> Mechanism:
@@ -70,8 +70,7 @@ def design(scale: str) -> Design:
                 arms.append(
                     _check(f"text-{rule}-{regime}-{times(setting.text[regime], width)}", setting, model, rule, regime)
                 )
-    if setting.sweep:
-        arms += _sweep_arms(setting.sweep, setting)
+    arms += _sweep_arms(setting.sweep, setting)
     return Design(seeds=setting.seeds, arms=tuple(arms), figures=tuple(figures(setting)))
 
 
@@ -122,20 +121,24 @@ def _base(setting: Setting, regime: Regime, rule: Rule, anchor: int | None = Non
 
 
 def _sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
-    def arm(name: str, model: ModelConfig, rate: int) -> Arm:
-        segment = Segment(model=model, train=replace(sweep.train, lr=2.0**rate), corpus=sweep.corpus)
-        return _arm(name, (segment,), setting, tokens=sweep.eval_tokens)
+    def arm(name: str, model: ModelConfig, train: TrainConfig, corpus: str, tokens: int, rate: int) -> Arm:
+        segment = Segment(model=model, train=replace(train, lr=2.0**rate), corpus=corpus)
+        return _arm(f"{name}-lr{rate}", (segment,), setting, tokens=tokens)
 
-    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
-    for regime, base in sweep.base.items():
-        for rule in rules:
-            for width in sweep.widths_of(rule):
-                model = parameterize(
-                    grown(base, regime, width), rule, regime=regime, base=base, zero_readout=sweep.zero_readout
-                )
-                for rate in sweep.rates:
-                    yield arm(f"sweep-{rule}-{regime}-{times(base, width)}-lr{rate}", model, rate)
-    yield from _mlp_sweep_arms(sweep, setting)
+    text = (sweep.train, sweep.corpus, sweep.eval_tokens)
+    kinds = [("sweep", sweep.base, sweep.rates, text)]
+    if sweep.mlp_train:
+        kinds.append(("mlp", sweep.mlp, sweep.mlp_rates, (sweep.mlp_train, "classification", setting.eval_tokens)))
+    for kind, bases, rates, how in kinds:
+        for regime, base in bases.items():
+            for rule in SWEPT:
+                for width in sweep.widths_of(rule):
+                    size = base.d_model * width // sweep.widths[0]
+                    model = parameterize(
+                        grown(base, regime, size), rule, regime=regime, base=base, zero_readout=sweep.zero_readout
+                    )
+                    name = f"{kind}-{rule}-{regime}-{times(base, size)}"
+                    yield from (arm(name, model, *how, rate) for rate in rates)
     base = replace(sweep.base["III"], num_layers=sweep.layers[0])
     for layers in sweep.layers:
         model = replace(base, num_layers=layers)
@@ -146,25 +149,7 @@ def _sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
             )
             yield _check(f"deep-check-{name}-{layers}", checked, model, "mssp", "III")
             if not sweep.swept_layers or (name == "mssp" and layers in sweep.swept_layers):
-                for rate in sweep.rates:
-                    yield arm(f"deep-{name}-{layers}-lr{rate}", scaled, rate)
-
-
-def _mlp_sweep_arms(sweep: Sweep, setting: Setting) -> Iterator[Arm]:
-    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
-    for regime, base in sweep.mlp.items():
-        for rule in rules:
-            for width in sweep.widths_of(rule):
-                size = base.d_model * width // sweep.widths[0]
-                model = parameterize(
-                    grown(base, regime, size), rule, regime=regime, base=base, zero_readout=sweep.zero_readout
-                )
-                for rate in sweep.mlp_rates:
-                    assert sweep.mlp_train
-                    train = replace(sweep.mlp_train, lr=2.0**rate)
-                    segment = Segment(model=model, train=train, corpus="classification")
-                    name = f"mlp-{rule}-{regime}-{times(base, size)}-lr{rate}"
-                    yield _arm(name, (segment,), setting, tokens=setting.eval_tokens)
+                yield from (arm(f"deep-{name}-{layers}", scaled, *text, rate) for rate in sweep.rates)
 
 
 def measure(model: Transformer, config: Mapping[str, Any], held_out: Bytes) -> Iterator[tuple[str, float]]:

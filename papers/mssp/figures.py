@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from papers.mssp.settings import CONTROLS, REGIMES, SGD_CONTROL, Setting, Sweep, times
+from papers.mssp.settings import CONTROLS, REGIMES, SGD_CONTROL, SWEPT, Setting, Sweep, times
 from repro.experiment import Curve, Figure
 from repro.model import ModelConfig
-from repro.parameterization import Rule
 
 _TERMS = ("init", "propagating", "effective", "gradient", "backward")
 
@@ -55,8 +54,7 @@ def figures(setting: Setting) -> Iterator[Figure]:
                 ),
                 log="xy",
             )
-    if setting.sweep:
-        yield from _sweep_figures(setting.sweep)
+    yield from _sweep_figures(setting.sweep)
 
 
 def _curves(
@@ -74,10 +72,9 @@ def _curves(
 
 def sweeps(sweep: Sweep) -> Iterator[tuple[str, list[tuple[str, int]], tuple[int, ...]]]:
     """What is swept: the beginning of the arms' names, the sizes (as the names say them, and in numbers), the rates."""
-    rules: tuple[Rule, ...] = ("mup", "mssp", "sp")
     for kind, bases, rates in (("sweep", sweep.base, sweep.rates), ("mlp", sweep.mlp, sweep.mlp_rates)):
         for regime, base in bases.items():
-            for rule in rules:
+            for rule in SWEPT:
                 widths = [base.d_model * width // sweep.widths[0] for width in sweep.widths_of(rule)]
                 yield f"{kind}-{rule}-{regime}", [(times(base, width), width) for width in widths], rates
     for name in ("mssp",) if sweep.swept_layers else ("mssp", "plain"):

@@ -17,6 +17,7 @@ GROWS: dict[Regime, tuple[str, ...]] = {
 }
 CONTROLS: dict[Regime, tuple[Rule, ...]] = {"I": ("sp",), "II": ("tied", "sp"), "III": ("boosted",)}
 SGD_CONTROL: dict[Regime, Rule] = {"I": "sp", "II": "mup", "III": "sp"}  # at the first learning rate
+SWEPT: tuple[Rule, ...] = ("mup", "mssp", "sp")
 AT = (2, 5)  # steps after which coordinates are taken, beside the start
 
 
@@ -66,7 +67,7 @@ class Setting:
     text_corpus: str
     seeds: int
     eval_tokens: int
-    sweep: Sweep | None = None
+    sweep: Sweep
 
 
 def _mlp(width: int, *, d_expert: int, experts: int) -> ModelConfig:

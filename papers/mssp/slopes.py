@@ -86,7 +86,6 @@ def depth_slopes(
         embedding: multiplies the embeddings' initial std.
         layer: of this layer's MoE; None: the root of the mean square over all layers, as is judged.
     """
-    assert setting.sweep
     depths = setting.sweep.layers
     base = replace(setting.sweep.base["III"], num_layers=depths[0])
     train = replace(setting.text_check, batch=4, context=base.context)

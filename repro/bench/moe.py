@@ -162,7 +162,7 @@ def _measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]
     try:
         return fields | _measure_shape(shape, device, rounds)
     except RuntimeError as error:
-        return fields | {"failed": {"shape": _first_line(error)}}
+        return fields | {"failed": {"shape": peers.first_line(error)}}
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -182,7 +182,7 @@ def _measure_shape(shape: Shape, device: torch.device, rounds: int) -> dict[str,
             try:
                 forward_s, total_s = lap(*contestants[name])
             except Exception as error:  # of foreign code, or memory that ran out: the others are still measured
-                failed[name] = _first_line(error)
+                failed[name] = peers.first_line(error)
                 continue
             if turn:
                 forward[name].append(forward_s)
@@ -239,10 +239,9 @@ def _check(
                 continue
             try:
                 found_TD = forward()
-                norm = torch.linalg.vector_norm(expected_TD, dtype=torch.float32)
-                difference[name] = float(torch.linalg.vector_norm(found_TD - expected_TD, dtype=torch.float32) / norm)
+                difference[name] = apart(found_TD, expected_TD)
             except Exception as error:  # see above
-                failed[name] = _first_line(error)
+                failed[name] = peers.first_line(error)
                 continue
             if not difference[name] <= limit:
                 failed[name] = f"expected the loop's result to {limit}, found a difference of {difference[name]:.2g}"
@@ -430,8 +429,10 @@ def _ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return _spread([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+def apart(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference of two tensors of one shape, as a share of the norm of what was expected."""
+    norm = torch.linalg.vector_norm(expected, dtype=torch.float32).clamp_min(1e-30)
+    return float(torch.linalg.vector_norm(found - expected, dtype=torch.float32) / norm)
 
 
 def _cpu_lap(forward: Forward, backward: Backward) -> tuple[float, float]:

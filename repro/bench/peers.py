@@ -59,8 +59,13 @@ def peers(inputs: Inputs) -> tuple[dict[str, tuple[Forward, tuple[Tensor, ...]]]
         except AbsentError as error:
             absent[name] = str(error)
         except Exception as error:  # foreign code, at any version
-            absent[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            absent[name] = first_line(error)
     return found, absent
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error of foreign code, at most 300 characters."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
 def versions() -> dict[str, str]:

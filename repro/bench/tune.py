@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from records.errors import UsageError
-from repro.bench.moe import CLOSE, CUDA_SHAPES, Shape, slots
+from repro.bench.moe import CLOSE, CUDA_SHAPES, Shape, apart, slots
+from repro.bench.peers import first_line
 from repro.moe import Routing, apply_experts, triton
 from repro.moe.tiles import LAUNCHES, Table, Tile, Tiles, use
 from repro.moe.tiles import table as table_in_use
@@ -111,7 +112,8 @@ def measure(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     there = device != "cuda" or torch.cuda.device_count() > 0
     if not there or not triton.supports(torch.empty(0, device=device, dtype=dtype)):
-        raise UsageError(f"bench tune: expected triton, and a GPU that torch sees, found {device!r}")
+        missing = "no triton for it" if there else "no GPU"
+        raise UsageError(f"bench tune: expected triton, and a GPU that torch sees, found {missing} (device {device})")
     table = start or table_in_use()
     place = _place(device)
     results, left = [], 0
@@ -128,7 +130,7 @@ def measure(
         try:
             grown, found = _tune(shape, device, dtype, replace(table, places={**table.places, key: place}), candidates)
         except Exception as error:  # Triton's have no root in common
-            result["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+            result["failed"] = first_line(error)
             continue
         finally:
             if device == "cuda":
@@ -224,7 +226,7 @@ class _Case:
 
         names = ("y", "dx", "dweight", "dup", "ddown")
         return {
-            name: _apart(found, expected)
+            name: apart(found, expected)
             for name, found, expected in zip(names, results("triton"), results("reference"), strict=True)
         }
 
@@ -245,13 +247,13 @@ def _choose(
         refused: dict[str, str] = {}
         for tile in tried[launch][1:]:
             try:
-                worst = max(_apart(found, wanted) for found, wanted in zip(run(tile), expected, strict=True))
+                worst = max(apart(found, wanted) for found, wanted in zip(run(tile), expected, strict=True))
                 if not worst <= CLOSE[expected[0].dtype]:
                     refused[_name(tile)] = f"differs from {_name(first)} by {worst:.2g}"
                     continue
                 milliseconds[tile] = _time(run, tile, expected[0].device)
             except Exception as error:  # what does not compile, or asks for more shared memory than there is
-                refused[_name(tile)] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+                refused[_name(tile)] = first_line(error)
         fastest = min(milliseconds, key=lambda tile: milliseconds[tile])
         chosen[launch] = fastest if milliseconds[fastest] < _GAIN * milliseconds[first] else first
         report[launch] = {
@@ -295,12 +297,6 @@ def _time(run: Run, tile: Tile, device: torch.device) -> float:
         run(tile)
         seconds.append(time.perf_counter() - start)
     return 1e3 * statistics.median(seconds)
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference as a share of the norm of what was expected."""
-    norm = torch.linalg.vector_norm(expected, dtype=torch.float32).clamp_min(1e-30)
-    return float(torch.linalg.vector_norm(found - expected, dtype=torch.float32) / norm)
 
 
 def _name(tile: Tile) -> str:
